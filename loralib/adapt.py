@@ -1,0 +1,149 @@
+"""Put adapted layers into a model by module name, choose what trains, count parameters."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from loralib.errors import InputError
+from loralib.layers import LoRALinear
+
+# What the six names of `lora_module` mean in each family of models: suffixes of module names, as regular expressions.
+ROLES: dict[str, tuple[str, ...]] = {
+    "query": ("query_proj", "query", "q_lin", "q_proj"),
+    "key": ("key_proj", "key", "k_lin", "k_proj"),
+    "value": ("value_proj", "value", "v_lin", "v_proj"),
+    "attention.output": (r"attention\.output\.dense", r"attention\.out_lin", r"attn\.Wo", r"self_attn\.o_proj"),
+    "intermediate": (r"intermediate\.dense", r"ffn\.lin1", r"mlp\.Wi", r"mlp\.gate_proj", r"mlp\.up_proj"),
+    "layer.output": (r"\d+\.output\.dense", r"ffn\.lin2", r"mlp\.Wo", r"mlp\.down_proj"),
+}
+ALL_LINEAR = "all-linear"
+
+
+def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the pretrained body; the whole model, named "", where there is no separate head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return (prefix, getattr(model, prefix)) if prefix and hasattr(model, prefix) else ("", model)
+
+
+def _is_head(name: str, prefix: str) -> bool:
+    """The head is what lies outside the backbone, and a pooler that lies inside it (ledger L1)."""
+    return bool(prefix) and (not name.startswith(f"{prefix}.") or name.startswith(f"{prefix}.pooler."))
+
+
+def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
+    """Names of the linear layers of the backbone that `modules` means, in `named_modules` order.
+
+    Args:
+        model: a transformers model with a head.
+        modules: names of `ROLES`, suffixes of real module names (`q_proj`, `attention.self.query`), or `all-linear`.
+
+    Raises:
+        InputError: a name matches nothing; the message lists what could match.
+    """
+    prefix, _ = backbone_of(model)
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_head(n, prefix)]
+    chosen: set[str] = set()
+    for wanted in modules:
+        if wanted == ALL_LINEAR:
+            found = set(linears)
+        else:
+            patterns = [*ROLES.get(wanted, ()), re.escape(wanted)]
+            found = {n for n in linears if any(re.search(rf"(?:^|\.){p}$", n) for p in patterns)}
+        if not found:
+            suffixes = sorted({re.sub(r"^.*\.\d+\.", "", n) for n in linears})
+            roles = [role for role, ps in ROLES.items() if any(re.search(rf"(?:^|\.){p}$", n) for p in ps for n in linears)]
+            raise InputError(
+                f"lora_module {wanted!r} matches no linear layer of {type(model).__name__}: choose from "
+                f"{', '.join([*roles, ALL_LINEAR])}, or from its layers {', '.join(suffixes)}."
+            )
+        chosen |= found
+    return [n for n in linears if n in chosen]
+
+
+def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **settings: Any) -> list[str]:
+    """Replace linear layers by adapted ones and freeze the rest of the backbone (ledger L1).
+
+    Afterwards the new factors and the head train, nothing else. Call it after `from_pretrained` (models are built
+    there without storage, which would lose the factors' values).
+
+    Args:
+        model: a transformers model with a head.
+        layer: `LoRALinear` or a subclass of it.
+        modules: see `match_modules`.
+        settings: arguments of the layer (r, lora_alpha, lora_dropout, init_std).
+
+    Returns:
+        The names of the adapted modules.
+    """
+    names = match_modules(model, modules)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, layer(getattr(owner, child), **settings))
+    mark_trainable(model)
+    return names
+
+
+def mark_trainable(model: nn.Module) -> None:
+    """Only parameters named lora_* and the head train (ledger L1)."""
+    prefix, _ = backbone_of(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = is_lora(name) or _is_head(name, prefix)
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter's name is one of an adapter's."""
+    return name.rpartition(".")[2].startswith("lora_")
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The adapted layers with their names, in `named_modules` order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+def factors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """All lora_A (r, in) and all lora_B (out, r), in `named_modules` order."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    return [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    """Rank that remains in each adapted matrix: r, or the non-zero entries of what stands between the factors."""
+    return {
+        name: layer.r if (d := layer.diagonal()) is None else int(d.count_nonzero())
+        for name, layer in adapted_layers(model)
+    }
+
+
+def parameters(model: nn.Module) -> dict[str, Any]:
+    """Exact parameter counts (ledger D3).
+
+    Returns:
+        total, trainable (lora + head), lora, head: counts of elements; remaining: elements of the low-rank factors
+        that are left when triplets or gates of value 0 are removed and the others folded into the factors, which is
+        rank (in + out) for each matrix and what an exported adapter holds; modules: for each adapted matrix its
+        trainable elements, rank and remaining elements.
+    """
+    prefix, _ = backbone_of(model)
+    named = list(model.named_parameters())
+    lora = sum(p.numel() for n, p in named if is_lora(n))
+    trainable = sum(p.numel() for _, p in named if p.requires_grad)
+    remaining_ranks = ranks(model)
+    modules = {
+        name: {
+            "trainable": sum(p.numel() for n, p in layer.named_parameters() if is_lora(n)),
+            "rank": remaining_ranks[name],
+            "remaining": remaining_ranks[name] * (layer.in_features + layer.out_features),
+        }
+        for name, layer in adapted_layers(model)
+    }
+    return {
+        "total": sum(p.numel() for _, p in named),
+        "trainable": trainable,
+        "lora": lora,
+        "head": sum(p.numel() for n, p in named if p.requires_grad and _is_head(n, prefix) and not is_lora(n)),
+        "remaining": sum(m["remaining"] for m in modules.values()),
+        "modules": modules,
+    }

@@ -1,0 +1,380 @@
+"""The steps that the entry points share: output folder, model, what the log says at the start, train and report."""
+
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from loralib.adapt import parameters
+from loralib.errors import InputError, RunError
+from loralib.export import load_trained, read_state
+from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
+from loralib.glue.data import GlueData, load, tokenize
+from loralib.glue.metrics import compute_metrics
+from loralib.glue.predictions import write_predictions
+from loralib.glue.report import RUN_FILE, RUN_VERSION, git_commit, hardware, versions, write_json
+from loralib.glue.tasks import Task
+from loralib.trainer import LoRATrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What belongs to one run: its arguments, data, start time, and the checkpoint that it goes on from."""
+
+    arguments: tuple[Any, ...]
+    training: GlueTrainingArguments
+    checkpoint: str | None
+    command: list[str] = field(default_factory=lambda: list(sys.argv))
+    started: float = field(default_factory=time.time)
+
+
+def start(training: GlueTrainingArguments, *others: Any) -> Run:
+    """Logging, output folder, seed. Call it first."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler()]
+    )
+    level = logging.INFO if training.should_log else logging.WARNING
+    logging.getLogger("loralib").setLevel(level)
+    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    datasets.utils.logging.set_verbosity_warning()
+    if training.deepspeed or training.fsdp:
+        name = "deepspeed" if training.deepspeed else "fsdp"
+        raise InputError(
+            f"--{name} is not supported: AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, which "
+            f"{name} shards; train on several GPUs with torchrun instead."
+        )
+    with training.main_process_first(desc="output folder"):
+        checkpoint = prepare_output_dir(training)
+    set_seed(training.seed)
+    return Run((training, *others), training, checkpoint)
+
+
+# ---- output folder ----
+
+RUN_NAMES = re.compile(
+    r"checkpoint-\d+|runs|run\.json|(all|train|eval|predict)\w*_results\w*\.json|predict_results_[\w-]+\.(txt|tsv)|"
+    r"trainer_state\.json|training_args\.bin|adapter\.(safetensors|json)|model\.safetensors|config\.json|"
+    r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|spm\.model|sentencepiece\.bpe\.model|"
+    r"vocab\.(txt|json)|merges\.txt|glue_submission"
+)
+
+
+def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
+    """Decide what happens to an output folder that is not empty.
+
+    Returns:
+        The checkpoint to go on from, or None for a fresh start.
+
+    Raises:
+        InputError: the folder holds something but no checkpoint, and --overwrite_output_dir is not given.
+    """
+    folder = Path(training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file: name a folder.")
+    if training.resume_from_checkpoint:
+        if training.resume_from_checkpoint.lower() == "true":
+            return _last_checkpoint(folder)
+        if not Path(training.resume_from_checkpoint, "trainer_state.json").is_file():
+            raise InputError(
+                f"resume_from_checkpoint {training.resume_from_checkpoint} is not a checkpoint: it lacks trainer_state.json."
+            )
+        return training.resume_from_checkpoint
+    if not training.do_train or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if training.overwrite_output_dir:
+        if training.should_save:
+            for item in sorted(folder.iterdir()):
+                if RUN_NAMES.fullmatch(item.name):
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+                    logger.info("--overwrite_output_dir: removed %s of an earlier run", item)
+        return None
+    return _last_checkpoint(folder)
+
+
+def _last_checkpoint(folder: Path) -> str:
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is None:
+        raise InputError(
+            f"output_dir {folder} is not empty and holds no checkpoint to resume from: name another folder, or give "
+            "--overwrite_output_dir to remove what an earlier run left there."
+        )
+    logger.info("going on from %s; --overwrite_output_dir would start anew", last)
+    return last
+
+
+# ---- data ----
+
+
+def load_data(training: GlueTrainingArguments, model: ModelArguments, args: DataArguments) -> GlueData:
+    """The splits that the run needs, and the task."""
+    with training.main_process_first(desc="data"):
+        return load(
+            task_name=args.task_name,
+            dataset_name=args.dataset_name,
+            dataset_config_name=args.dataset_config_name,
+            train_file=args.train_file,
+            validation_file=args.validation_file,
+            test_file=args.test_file,
+            do_train=training.do_train,
+            do_eval=training.do_eval,
+            do_predict=training.do_predict,
+            max_train_samples=args.max_train_samples,
+            max_eval_samples=args.max_eval_samples,
+            max_predict_samples=args.max_predict_samples,
+            cache_dir=model.cache_dir,
+            token=model.token,
+        )
+
+
+# ---- model ----
+
+
+def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained classifier, in float32, and its tokenizer.
+
+    Raises:
+        InputError: folder missing, hub not reachable, or files that do not fit.
+    """
+    name = os.path.expanduser(args.model_name_or_path)
+    for value in (name, args.config_name, args.tokenizer_name):
+        if value and (value.startswith(("/", ".", "~")) or value.count("/") > 1) and not Path(value).expanduser().is_dir():
+            raise InputError(f"the model folder {value} does not exist: give an existing folder or a model's name on the hub.")
+    common = {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "token": args.token,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    labels: dict[str, Any] = {"num_labels": task.num_labels}
+    if task.label_names is not None:
+        labels |= {
+            "id2label": dict(enumerate(task.label_names)),
+            "label2id": {label: i for i, label in enumerate(task.label_names)},
+        }
+    try:
+        config = AutoConfig.from_pretrained(args.config_name or name, **labels, **common)
+        if args.cls_dropout is not None:
+            _set_cls_dropout(config, args.cls_dropout)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or name, use_fast=args.use_fast_tokenizer, **common)
+        # float32 whatever the file holds: the hub's DeBERTa-v3 is stored in half precision (ledger G2)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **common
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        where = "" if Path(name).is_dir() else " (no such folder here, so the hub was asked; it may not have been reachable)"
+        raise InputError(f"the model {name} cannot be loaded{where}: {' '.join(str(error).split())[:500]}") from error
+    if tokenizer.pad_token is None:  # decoder models have none
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if args.attention == "fast":
+        from loralib.deberta import use_fast_attention
+
+        use_fast_attention(model)
+    return model, tokenizer
+
+
+def _set_cls_dropout(config: Any, value: float) -> None:
+    if not 0 <= value < 1:
+        raise InputError(f"cls_dropout is {value}, it must lie in 0 to 1, below 1.")
+    names = ("cls_dropout", "classifier_dropout", "seq_classif_dropout")
+    known = [n for n in names if hasattr(config, n)] or (["cls_dropout"] if config.model_type.startswith("deberta") else [])
+    if not known:
+        raise InputError(f"cls_dropout {value} has no place in a model of type {config.model_type}: leave the flag out.")
+    setattr(config, known[0], value)
+
+
+def load_lora_path(model: nn.Module, path: str) -> None:
+    """Start from the adapter of `--lora_path`; a head that is missing there or differs stays fresh, which is said."""
+    kept = load_trained(model, read_state(path), f"lora_path {path}", head_may_differ=True)
+    logger.info("loaded the adapter %s%s", path, f"; fresh head: {', '.join(kept)}" if kept else "")
+
+
+def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task: Task, layer: str) -> dict[str, Any]:
+    """Facts that `adapter.json` keeps beside the weights."""
+    return {
+        "method": method,
+        "layer": layer,
+        "lora_r": lora.lora_r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "lora_module": lora.lora_module,
+        "base_model": model.model_name_or_path,
+        "base_model_revision": model.model_revision,
+        "task": task.name,
+        "label_names": task.label_names,
+        "versions": versions(),
+    }
+
+
+# ---- train, evaluate, report ----
+
+
+def trainer_parts(
+    run: Run, data: GlueData, tokenizer: PreTrainedTokenizerBase, args: DataArguments, model: nn.Module
+) -> dict[str, Any]:
+    """The arguments of `LoRATrainer` that every method shares."""
+    fixed = args.pad_to_max_length
+
+    def tokenized(split: Dataset) -> Dataset:
+        return tokenize(split, data.task, tokenizer, args.max_seq_length, fixed, overwrite_cache=args.overwrite_cache)
+
+    with run.training.main_process_first(desc="tokenising"):
+        train = tokenized(data.train) if data.train is not None else None
+        for splits in (data.evals, data.tests):
+            splits.update({name: tokenized(split) for name, split in splits.items()})
+    collator = default_data_collator if fixed else transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    return {
+        "model": model,
+        "args": run.training,
+        "train_dataset": train,
+        "eval_dataset": next(iter(data.evals.values()), None),
+        "processing_class": tokenizer,
+        "data_collator": collator,
+        "compute_metrics": compute_metrics(data.task),
+    }
+
+
+def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *lines: str) -> None:
+    """Say at the start what will happen, in a few lines (ledger D4, D5)."""
+    args, counts = run.training, parameters(trainer.model)
+    logger.info("method: %s", method)
+    kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in adapted})
+    if adapted:
+        logger.info("adapted: %d matrices (%s)", len(adapted), ", ".join(kinds))
+    logger.info(
+        "trainable parameters: %s of %s, %.3f %% (low-rank %s, head %s)",
+        *(f"{counts[k]:,}" for k in ("trainable", "total")),
+        100 * counts["trainable"] / counts["total"],
+        *(f"{counts[k]:,}" for k in ("lora", "head")),
+    )
+    if args.do_train:
+        processes = args.world_size if args.n_gpu <= 1 else args.n_gpu
+        logger.info(
+            "effective batch: %d = %d per device x %d device(s) x %d accumulated; %d optimizer steps in all",
+            effective_batch(args),
+            args.per_device_train_batch_size,
+            processes,
+            args.gradient_accumulation_steps,
+            trainer.total_steps(),
+        )
+    if args.n_gpu > 1:
+        logger.warning(
+            "one process drives %d GPUs (nn.DataParallel): the effective batch is %d, and step-based settings see fewer "
+            "steps; 'torchrun --nproc_per_node %d' is faster, CUDA_VISIBLE_DEVICES=0 keeps the batch of one GPU",
+            args.n_gpu,
+            effective_batch(args),
+            args.n_gpu,
+        )
+    for line in lines:
+        logger.info("%s", line)
+
+
+def effective_batch(args: GlueTrainingArguments) -> int:
+    """Rows of one optimizer step over all devices."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[str, Any]:
+    """Train, evaluate, predict as the flags say, and write `run.json`.
+
+    Args:
+        method: short name of the method for the report; callbacks that have a `summary()` add the method's own facts.
+
+    Returns:
+        The final metrics.
+    """
+    args = run.training
+    metrics: dict[str, Any] = {}
+    status = "finished"
+    try:
+        if args.do_train:
+            result = trainer.train(resume_from_checkpoint=run.checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+            train_metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
+            trainer.log_metrics("train", train_metrics)
+            trainer.save_metrics("train", train_metrics)
+            metrics |= train_metrics
+        if args.do_eval:
+            evaluation: dict[str, Any] = {}
+            for name, split in data.evals.items():
+                values = trainer.evaluate(split) | {"eval_samples": len(split)}
+                trainer.log_metrics("eval", values)
+                evaluation |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values
+            trainer.save_metrics("eval", evaluation)
+            metrics |= evaluation
+        if args.do_predict:
+            for name, split in data.tests.items():
+                predictions = trainer.predict(split.remove_columns("label"), metric_key_prefix="predict").predictions
+                if args.should_save:
+                    write_predictions(args.output_dir, name, data.task, predictions)
+    except RunError:
+        status = "diverged"
+        raise
+    finally:
+        if args.should_save and (status == "diverged" or sys.exc_info()[0] is None):
+            write_run(run, trainer, method, data.task.name, status, metrics)
+    return metrics
+
+
+def write_run(
+    run: Run, trainer: LoRATrainer, method: str, task: str, status: str, metrics: dict[str, Any]
+) -> None:
+    """Write `run.json` (see the report for what reads it)."""
+    args = run.training
+    summary = {k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    write_json(
+        Path(args.output_dir) / RUN_FILE,
+        {
+            "version": RUN_VERSION,
+            "status": status,
+            "method": method,
+            "task": task,
+            "seed": args.seed,
+            "command": run.command,
+            "arguments": {k: v for part in run.arguments for k, v in flags_of(part).items()},
+            "commit": git_commit(),
+            "versions": versions(),
+            "hardware": hardware(),
+            "world_size": args.world_size,
+            "effective_batch": effective_batch(args),
+            "steps": trainer.state.global_step,
+            "parameters": parameters(trainer.model),
+            "metrics": metrics,
+            "history": trainer.state.log_history,
+            "wall_seconds": round(time.time() - run.started, 3),
+            **summary,
+        },
+    )
+
+
+def flags_of(part: Any) -> dict[str, Any]:
+    """The flags of one argument dataclass, tokens left out."""
+    values = part.to_dict() if isinstance(part, transformers.TrainingArguments) else vars(part)
+    return {k: v for k, v in values.items() if "token" not in k}

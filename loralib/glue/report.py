@@ -1,0 +1,52 @@
+"""The record of a run: `run.json` in its output folder. Tables and figures are made from such files alone."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RUN_FILE = "run.json"
+RUN_VERSION = 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "datasets", "evaluate", "accelerate", "scipy", "scikit-learn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The devices that a process sees, CPU and threads."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"gpus": gpus, "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that holds this file, "+changes" where files differ from it; None outside of git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, timeout=10)  # noqa: E731
+        commit = run("rev-parse", "HEAD").stdout.strip()
+        return (commit + ("+changes" if run("status", "--porcelain", "-uno").stdout.strip() else "")) or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write aside, then rename: a reader never sees half a file."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,175 @@
+"""Adapted linear layers: a frozen weight plus a trainable product of two low-rank factors.
+
+Every layer is an `nn.Linear` whose parameters keep their place and name (`weight`, `bias`); what it adds carries the
+names of the released state dicts: `lora_A` (r, in), `lora_B` (out, r), `lora_E` (r, 1), `ranknum` (1,),
+`lora_gate` (1, r). A variant of one's own is a subclass of `LoRALinear`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _LowRankProduct(torch.autograd.Function):
+    """y = x W^T + b + s ((z A^T) * d) B^T in one node, where z is x or a dropped-out copy of it.
+
+    Plain autograd would spend a scaling, an addition and a full-size temporary on each of forward and backward; here
+    the low-rank product is accumulated into the base product (`addmm` with alpha), and the same for the gradient of x.
+    Nothing is computed for an input that needs no gradient, the frozen weight above all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (n, in)
+        z: Tensor | None,  # (n, in), None: the same as x
+        weight: Tensor,  # (out, in)
+        bias: Tensor | None,  # (out,)
+        lora_A: Tensor,  # (r, in)
+        lora_B: Tensor,  # (out, r)
+        diagonal: Tensor | None,  # (r,)
+        scaling: float,
+    ) -> Tensor:  # (n, out)
+        y = x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        u = (x if z is None else z).mm(lora_A.t())  # (n, r)
+        y.addmm_(u if diagonal is None else u * diagonal, lora_B.t(), alpha=scaling)
+        ctx.save_for_backward(x, z, weight, lora_A, lora_B, diagonal, u)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # g: (n, out)
+        x, z, weight, lora_A, lora_B, diagonal, u = ctx.saved_tensors
+        s = ctx.scaling
+        need_x, need_z, need_weight, need_bias, need_A, need_B, need_diagonal, _ = ctx.needs_input_grad
+        grad_x = grad_z = grad_weight = grad_bias = grad_A = grad_B = grad_diagonal = None
+        # `addmm` with beta 0 ignores its first argument: a product and its scaling in one operation
+        if need_B:
+            grad_B = torch.addmm(lora_B, g.t(), u if diagonal is None else u * diagonal, beta=0, alpha=s)
+        if need_x or need_z or need_A or need_diagonal:
+            v = g.mm(lora_B)  # (n, r)
+            if need_diagonal:  # d_i: sum over rows of v_i u_i, one dot product for each i
+                dot = torch.bmm(v.t().unsqueeze(1), u.t().unsqueeze(2))  # (r, 1, 1)
+                grad_diagonal = dot.view(-1) * s
+            if diagonal is not None:
+                v = v * diagonal
+            if need_A:
+                grad_A = torch.addmm(lora_A, v.t(), x if z is None else z, beta=0, alpha=s)
+            if need_z:
+                grad_z = torch.addmm(z, v, lora_A, beta=0, alpha=s)
+            if need_x:
+                grad_x = g.mm(weight)
+                if z is None:
+                    grad_x.addmm_(v, lora_A, alpha=s)
+        if need_weight:
+            grad_weight = g.t().mm(x)
+        if need_bias:
+            grad_bias = g.sum(0)
+        return grad_x, grad_z, grad_weight, grad_bias, grad_A, grad_B, grad_diagonal, None
+
+
+class LoRALinear(nn.Linear):
+    """LoRA (arXiv 2106.09685, eq. 3), the `frd` layer: y = x W^T + b + (alpha / r) x A^T B^T.
+
+    Takes over the parameters of `linear` (the same objects, so nothing is copied and names stay). A ~ N(0, init_std),
+    B = 0, so a fresh layer equals the linear it replaces (ledger L2, L3). Freezing is `adapt`'s business.
+
+    Args:
+        linear: the layer to adapt, (in -> out).
+        r: rank, 1 or more.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability of dropout on the input of the low-rank path alone (ledger L4).
+        init_std: standard deviation of the initial factors.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, init_std: float = 0.02
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.r, self.lora_alpha, self.lora_dropout, self.init_std = r, lora_alpha, lora_dropout, init_std
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
+        self.add_parameters(**like)
+        self.reset_lora_parameters()
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the low-rank product (ledger L3)."""
+        return self.lora_alpha / self.r
+
+    def add_parameters(self, **like: Any) -> None:
+        """Hook of a variant: register what it trains beside A and B. `like`: device and dtype."""
+
+    def reset_lora_parameters(self) -> None:
+        """Draw fresh factors (ledger L2)."""
+        nn.init.normal_(self.lora_A, std=self.init_std)
+        nn.init.zeros_(self.lora_B)
+
+    def diagonal(self) -> Tensor | None:
+        """What stands between the factors, (r,), or None for ones."""
+        return None
+
+    def delta_weight(self) -> Tensor:
+        """The update that the adapter adds to `weight`, (out, in)."""
+        d = self.diagonal()
+        return self.scaling * (self.lora_B @ (self.lora_A if d is None else d.unsqueeze(1) * self.lora_A))
+
+    def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
+        parts = [x, self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            parts = [None if p is None else p.to(dtype) for p in parts]
+        x, weight, bias, lora_A, lora_B, diagonal = parts
+        rows = x.reshape(-1, self.in_features)
+        dropped = F.dropout(rows, self.lora_dropout) if self.training and self.lora_dropout > 0 else None
+        y = _LowRankProduct.apply(rows, dropped, weight, bias, lora_A, lora_B, diagonal, self.scaling)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
+
+
+class SVDLinear(LoRALinear):
+    """AdaLoRA's triplets (arXiv 2303.10512, eq. 3), the `svd` layer: y = x W^T + b + alpha / (r + 1e-5) x (E A)^T B^T.
+
+    E = 0 and A, B ~ N(0, init_std) at the start. E (r, 1) holds the singular values; the allocator zeroes some of
+    them. `ranknum` (1,) is r and stays so whatever is pruned (ledger L3).
+    """
+
+    def add_parameters(self, **like: Any) -> None:
+        self.lora_E = nn.Parameter(torch.empty(self.r, 1, **like))
+        self.register_buffer("ranknum", torch.full((1,), float(self.r), **like))
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (self.r + 1e-5)
+
+    def reset_lora_parameters(self) -> None:
+        nn.init.normal_(self.lora_A, std=self.init_std)
+        nn.init.normal_(self.lora_B, std=self.init_std)
+        nn.init.zeros_(self.lora_E)
+
+    def diagonal(self) -> Tensor:
+        return self.lora_E.view(-1)
+
+
+class GatedLinear(LoRALinear):
+    """SoRA's gated factors (arXiv 2311.11696, eq. 4): y = x W^T + b + (alpha / r) (x A^T * gate) B^T.
+
+    gate (1, r) ~ N(0, 1), A ~ N(0, init_std), B = 0 at the start (ledger L2). The optimizer's threshold zeroes gates.
+    """
+
+    def add_parameters(self, **like: Any) -> None:
+        self.lora_gate = nn.Parameter(torch.empty(1, self.r, **like))
+
+    def reset_lora_parameters(self) -> None:
+        super().reset_lora_parameters()
+        nn.init.normal_(self.lora_gate)
+
+    def diagonal(self) -> Tensor:
+        return self.lora_gate.view(-1)

@@ -1,0 +1,57 @@
+"""Orthogonality penalties: functions of low-rank factors, batched over the matrices of one shape, in float32 or better.
+
+`lora_A` holds directions as rows (r, in), `lora_B` as columns (out, r). Both penalties are a mean over all factors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _grams(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> list[Tensor]:
+    """A A^T of every lora_A and B^T B of every lora_B, as stacks (n, r, r), one for each shape."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for rows in [*lora_A, *(b.t() for b in lora_B)]:
+        groups.setdefault(rows.shape, []).append(rows)
+    stacks = [torch.stack(group) for group in groups.values()]
+    stacks = [s.float() if s.dtype in (torch.float16, torch.bfloat16) else s for s in stacks]
+    return [torch.bmm(s, s.transpose(1, 2)) for s in stacks]
+
+
+def svd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
+    """Mean over all factors of ||A A^T - I||_F and ||B^T B - I||_F, not squared (ledger L5).
+
+    The AdaLoRA paper (arXiv 2303.10512, eq. 4) squares the norms; the released code does not.
+
+    Args:
+        lora_A: tensors (r, in); lora_B: tensors (out, r).
+
+    Returns:
+        A scalar, float32 for half-precision factors, else of their dtype.
+    """
+    norms = []
+    for gram in _grams(lora_A, lora_B):
+        residual = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        norms.append(torch.linalg.vector_norm(residual, dim=(1, 2)))
+    return torch.cat(norms).mean()
+
+
+def frd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
+    """Mean over all factors of the mean absolute cosine between different directions of a factor (ledger L6).
+
+    For a Gram matrix G of d directions: (sum - trace) / (d^2 - d) of |G_ij| / (|g_i| |g_j| + 1e-30). One direction
+    alone (r = 1) gives 0. Gradients are finite at B = 0.
+
+    Args, Returns: as `svd_penalty`.
+    """
+    means = []
+    for gram in _grams(lora_A, lora_B):
+        d = gram.shape[-1]
+        squares = gram.diagonal(dim1=1, dim2=2)  # (n, d)
+        # sqrt has an infinite slope at 0: a direction of length 0 contributes nothing, so it gets a constant instead
+        norms = squares.masked_fill(squares == 0, 1.0).sqrt().masked_fill(squares == 0, 0.0)
+        cosines = gram.abs() / (norms.unsqueeze(2) * norms.unsqueeze(1) + 1e-30)
+        off_diagonal = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)
+        means.append(off_diagonal / max(d * d - d, 1))
+    return torch.cat(means).mean()

@@ -1,0 +1,199 @@
+"""SoRA (arXiv 2311.11696): soft threshold, L1 term of the gates, and the optimizer that applies them."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from loralib.adapt import adapted_layers, parameters
+from loralib.errors import InputError
+from loralib.trainer import LoRATrainer
+
+
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    """The gates of all adapted layers, (1, r) each, in `named_modules` order."""
+    return [layer.lora_gate for _, layer in adapted_layers(model)]
+
+
+def gate_l1(gates: Sequence[Tensor]) -> Tensor:
+    """Sum of |gate| over the number of gate elements of all matrices (ledger S2). A scalar, float32 or better."""
+    stacked = torch.cat([g.view(-1) for g in gates])
+    return (stacked.float() if stacked.dtype in (torch.float16, torch.bfloat16) else stacked).abs().mean()
+
+
+def soft_threshold_(values: Sequence[Tensor], threshold: float) -> None:
+    """sign(p) max(|p| - threshold, 0), in place (paper eq. 7, ledger S1)."""
+    magnitudes = torch._foreach_abs(list(values))
+    torch._foreach_sub_(magnitudes, threshold)
+    torch._foreach_clamp_min_(magnitudes, 0.0)
+    signs = torch._foreach_sign(list(values))
+    torch._foreach_mul_(signs, magnitudes)
+    torch._foreach_copy_(list(values), signs)
+
+
+def released_threshold_(values: Sequence[Tensor], threshold: float) -> None:
+    """The released code's shrink: three edits in sequence, so that also L < |p| < 2L ends at 0 (ledger S1)."""
+    for p in values:
+        p.copy_(torch.where(p > threshold, p - threshold, p))
+        p.copy_(torch.where(p < -threshold, p + threshold, p))
+        p.masked_fill_(p.abs() < threshold, 0.0)
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW as SoRA runs it, with a proximal step on the groups that have a `sparse_lambda`.
+
+    p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), then p -= lr weight_decay p, then the threshold by
+    `sparse_lambda`, which is not multiplied by the learning rate (ledger S1, S3, S4). torch's AdamW adds eps after
+    the bias correction and decays first.
+
+    Args:
+        params: parameters or groups; a group may set lr, betas, eps, weight_decay, sparse_lambda.
+        lr: learning rate.
+        betas: decay of the averages.
+        eps: added to sqrt(v).
+        weight_decay: decoupled decay.
+        sparse_lambda: threshold of the proximal step (flag `sparse_lambda_2`), 0 for none.
+        as_released: use the released shrink instead of the soft threshold.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        sparse_lambda: float = 0.0,
+        as_released: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "sparse_lambda": sparse_lambda,
+            "as_released": as_released,
+            "step": 0,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step over all groups. Parameters without a gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            gradients = [p.grad for p in parameters]
+            averages = [self.state[p]["exp_avg"] for p in parameters]
+            squares = [self.state[p]["exp_avg_sq"] for p in parameters]
+            beta1, beta2 = group["betas"]
+            group["step"] += 1
+            correction = math.sqrt(1 - beta2 ** group["step"]) / (1 - beta1 ** group["step"])
+            torch._foreach_lerp_(averages, gradients, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+            denominators = torch._foreach_sqrt(squares)
+            torch._foreach_add_(denominators, group["eps"])
+            torch._foreach_addcdiv_(parameters, averages, denominators, -group["lr"] * correction)
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            if group["sparse_lambda"]:
+                shrink = released_threshold_ if group["as_released"] else soft_threshold_
+                shrink(parameters, group["sparse_lambda"])
+        return loss
+
+
+def lambda_stages(schedule: str, start: float, end: float, stages: int) -> list[float]:
+    """Thresholds of SoRA's sparsifying schedule, first to last (paper's Algorithm 1, ledger S8).
+
+    Args:
+        schedule: "linear" (evenly spaced), "log_linear" (log of evenly spaced values between e^start and e^end) or
+            "exp_linear" (exp of evenly spaced values between log start and log end).
+        start: `sparse_lambda_2`; above 0 for "exp_linear".
+        end: `max_lambda`, above start.
+        stages: `lambda_num`, 2 or more, the first stage included.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+    if stages < 2:
+        raise InputError(f"lambda_num is {stages}: a schedule needs 2 or more stages.")
+    if end <= start:
+        raise InputError(f"max_lambda is {end}, it must lie above sparse_lambda_2 = {start}, where the schedule starts.")
+    if schedule == "exp_linear" and start <= 0:
+        raise InputError(
+            f"lambda_schedule exp_linear cannot start at sparse_lambda_2 = {start}, since log 0 does not exist: start "
+            "above 0, or choose linear or log_linear."
+        )
+    functions: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
+        "linear": (float, float),
+        "log_linear": (math.exp, math.log),
+        "exp_linear": (math.log, math.exp),
+    }
+    if schedule not in functions:
+        raise InputError(f"lambda_schedule is {schedule!r}, it must be one of {', '.join(functions)}.")
+    there, back = functions[schedule]
+    a, b = there(start), there(end)
+    return [start, *(back(a + (b - a) * i / (stages - 1)) for i in range(1, stages - 1)), end]
+
+
+def sora_optimizer(
+    trainer: LoRATrainer, sparse_lr: float | None, sparse_lambda_2: float, as_released: bool
+) -> SparseAdamW:
+    """The one optimizer of a SoRA run: the Trainer's two groups (with and without decay) and one for the gates.
+
+    The gates' group has learning rate `sparse_lr` (default: learning_rate), betas 0.9 and 0.999, eps 1e-6, no decay,
+    and the threshold `sparse_lambda_2` (ledger S3).
+    """
+    args, model = trainer.args, trainer.model
+    own = {id(g) for g in gates(model)}
+    decayed = set(trainer.get_decay_parameter_names(model))
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    groups = [
+        {"params": [p for n, p in trained if n in decayed], "weight_decay": args.weight_decay},
+        {"params": [p for n, p in trained if n not in decayed]},
+        {
+            "params": gates(model),
+            "lr": args.learning_rate if sparse_lr is None else sparse_lr,
+            "betas": (0.9, 0.999),
+            "eps": 1e-6,
+            "sparse_lambda": sparse_lambda_2,
+            "as_released": as_released,
+        },
+    ]
+    return SparseAdamW(groups, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+
+
+class GateCallback(TrainerCallback):
+    """Logs how many gates are left, and warns when none is.
+
+    Args:
+        trainer: the run's trainer.
+    """
+
+    def __init__(self, trainer: LoRATrainer) -> None:
+        self.trainer = trainer
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        counts = parameters(self.trainer.model)
+        total = sum(g.numel() for g in gates(self.trainer.model))
+        nonzero = sum(m["rank"] for m in counts["modules"].values())
+        self.trainer.add_scalars({"Gates/nonzero_share": nonzero / total, "Gates/remaining_parameters": counts["remaining"]})
+
+    def summary(self) -> dict[str, Any]:
+        """Facts for run.json: non-zero gates of each matrix and the parameters that remain."""
+        counts = parameters(self.trainer.model)
+        return {"gates": {n: m["rank"] for n, m in counts["modules"].items()}, "remaining": counts["remaining"]}
