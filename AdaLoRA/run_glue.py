@@ -97,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if lora.apply_lora:
         method = "adalora" if lora.apply_adalora else "svd-lora" if lora.lora_type == "svd" else "lora"
         layer = SVDLinear if lora.lora_type == "svd" else LoRALinear
-        settings = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
-        adapted = adapt(model, layer, lora.modules, **settings)
+        adapted = adapt(model, layer, lora.modules, **lora.layer_settings)
         adapter = flow.adapter_config(method, lora, model_args, data.task, layer=lora.lora_type)
         penalty = partial(svd_penalty if lora.lora_type == "svd" else frd_penalty, *factors(model))
         if lora.lora_path:

@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     method, lines = "full", []
     if lora.apply_lora:
         method = f"rm-lora-{lora.lora_type}"
-        settings = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
-        adapted = adapt(model, LoRALinear, lora.modules, **settings)
+        adapted = adapt(model, LoRALinear, lora.modules, **lora.layer_settings)
         adapter = flow.adapter_config(method, lora, model_args, data.task, layer=lora.lora_type)
         penalty = partial(svd_penalty, *factors(model))
         if lora.lora_path:

@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if lora.apply_lora:
         method = "sora" if lora.train_sparse else "lora"
         layer = GatedLinear if lora.train_sparse else LoRALinear
-        settings = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
-        adapted = adapt(model, layer, lora.modules, **settings)
+        adapted = adapt(model, layer, lora.modules, **lora.layer_settings)
         adapter = flow.adapter_config(method, lora, model_args, data.task, layer="sparse" if lora.train_sparse else "frd")
         if lora.lora_path:
             flow.load_lora_path(model, lora.lora_path)

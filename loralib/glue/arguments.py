@@ -59,6 +59,7 @@ class DataArguments:
     train_file: str | None = flag(None, "Training rows as csv, tsv, json, jsonl or parquet.")
     validation_file: str | None = flag(None, "Validation rows, same format.")
     test_file: str | None = flag(None, "Test rows, same format.")
+    glue_submission: str | None = flag(None, "Folder for files as the GLUE server wants them (with --do_predict).")
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 1:
@@ -102,6 +103,11 @@ class LoRAArguments:
         """`lora_module` as a list."""
         return [m.strip() for m in self.lora_module.split(",") if m.strip()]
 
+    @property
+    def layer_settings(self) -> dict[str, Any]:
+        """What an adapted layer takes from the flags."""
+        return {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+
 
 @dataclass
 class GlueTrainingArguments(TrainingArguments):
@@ -142,6 +148,8 @@ class GlueTrainingArguments(TrainingArguments):
         if self.no_cuda:
             self.use_cpu = True
         super().__post_init__()
+        if self.device.type == "cpu":  # nothing to pin for; the loader would warn
+            self.dataloader_pin_memory = False
 
 
 class _Parser(HfArgumentParser):

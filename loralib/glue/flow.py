@@ -31,8 +31,8 @@ from loralib.errors import InputError, RunError
 from loralib.export import load_trained, read_state
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
 from loralib.glue.data import GlueData, load, tokenize
-from loralib.glue.metrics import compute_metrics
-from loralib.glue.predictions import write_predictions
+from loralib.glue.metrics import compute_metrics, to_labels
+from loralib.glue.predictions import write_predictions, write_submission
 from loralib.glue.report import RUN_FILE, RUN_VERSION, git_commit, hardware, versions, write_json
 from loralib.glue.tasks import Task
 from loralib.trainer import LoRATrainer
@@ -47,11 +47,12 @@ class Run:
     arguments: tuple[Any, ...]
     training: GlueTrainingArguments
     checkpoint: str | None
+    submission: str | None
     command: list[str] = field(default_factory=lambda: list(sys.argv))
     started: float = field(default_factory=time.time)
 
 
-def start(training: GlueTrainingArguments, *others: Any) -> Run:
+def start(training: GlueTrainingArguments, model: ModelArguments, data: DataArguments, lora: LoRAArguments) -> Run:
     """Logging, output folder, seed. Call it first."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler()]
@@ -69,7 +70,7 @@ def start(training: GlueTrainingArguments, *others: Any) -> Run:
     with training.main_process_first(desc="output folder"):
         checkpoint = prepare_output_dir(training)
     set_seed(training.seed)
-    return Run((training, *others), training, checkpoint)
+    return Run((model, data, lora, training), training, checkpoint, data.glue_submission)
 
 
 # ---- output folder ----
@@ -191,7 +192,7 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
     if tokenizer.pad_token is None:  # decoder models have none
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    if args.attention == "fast":
+    if args.attention == "fast" and config.model_type == "deberta-v2":
         from loralib.deberta import use_fast_attention
 
         use_fast_attention(model)
@@ -330,9 +331,12 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
             metrics |= evaluation
         if args.do_predict:
             for name, split in data.tests.items():
-                predictions = trainer.predict(split.remove_columns("label"), metric_key_prefix="predict").predictions
+                unlabelled = split.remove_columns("label") if "label" in split.column_names else split
+                labels = to_labels(trainer.predict(unlabelled, metric_key_prefix="predict").predictions, data.task)
                 if args.should_save:
-                    write_predictions(args.output_dir, name, data.task, predictions)
+                    write_predictions(args.output_dir, name, labels, data.task)
+                    if run.submission is not None:
+                        write_submission(run.submission, name, labels, data.task)
     except RunError:
         status = "diverged"
         raise
