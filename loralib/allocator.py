@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from loralib.adapt import adapted_layers
 from loralib.errors import InputError
+from loralib.layers import SVDLinear
 from loralib.trainer import LoRATrainer
 
 
@@ -45,7 +46,7 @@ class RankAllocator:
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
-        layers = list(adapted_layers(model))
+        layers = [(name, layer) for name, layer in adapted_layers(model) if isinstance(layer, SVDLinear)]
         self.names = [name for name, _ in layers]
         self.A = [layer.lora_A for _, layer in layers]
         self.B = [layer.lora_B for _, layer in layers]
@@ -98,7 +99,8 @@ class RankAllocator:
 
     def _update_importance(self) -> None:
         """I = |p grad|; Ibar and U are its average and the average of |I - Ibar| (ledger A1; paper eq. 9 to 11)."""
-        products = torch._foreach_mul([p.detach() for p in self.parameters], [p.grad for p in self.parameters])
+        gradients: list[Any] = [p.grad for p in self.parameters]
+        products = list(torch._foreach_mul([p.detach() for p in self.parameters], gradients))
         torch._foreach_abs_(products)
         if products[0].dtype != self.importance[0].dtype:
             products = [p.to(i.dtype) for p, i in zip(products, self.importance, strict=True)]
@@ -184,7 +186,7 @@ def check_budget(total: int, matrices: int, target_rank: int | None, target_tota
             f"target_rank {target_rank} x {matrices} matrices = {target_rank * matrices} disagrees with "
             f"target_total_rank {target_total_rank}: give one of the two."
         )
-    return target_total_rank if target_total_rank is not None else target_rank * matrices
+    return target_total_rank if target_total_rank is not None else (target_rank or 0) * matrices
 
 
 def check_schedule(init_warmup: int, final_warmup: int, total_step: int) -> None:
@@ -219,7 +221,7 @@ class AllocatorCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.interval == 0 and state.is_world_process_zero:
             ranks = self.allocator.ranks()
-            values = {"Budget/total_rank": self.allocator.budget, "Budget/sum_param": self.sum_parameters(ranks)}
+            values: dict[str, float] = {"Budget/total_rank": self.allocator.budget, "Budget/sum_param": self.sum_parameters(ranks)}
             if self.allocator.threshold is not None:
                 values["Budget/mask_threshold"] = self.allocator.threshold.item()
             self.trainer.add_scalars(values | {f"Ranknum/{name}": rank for name, rank in ranks.items()})

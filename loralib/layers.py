@@ -91,7 +91,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.r, self.lora_alpha, self.lora_dropout, self.init_std = r, lora_alpha, lora_dropout, init_std
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
         self.add_parameters(**like)
@@ -120,7 +120,7 @@ class LoRALinear(nn.Linear):
         return self.scaling * (self.lora_B @ (self.lora_A if d is None else d.unsqueeze(1) * self.lora_A))
 
     def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
-        parts = [x, self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()]
+        parts: list[Any] = [x, self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             parts = [None if p is None else p.to(dtype) for p in parts]
@@ -140,6 +140,8 @@ class SVDLinear(LoRALinear):
     E = 0 and A, B ~ N(0, init_std) at the start. E (r, 1) holds the singular values; the allocator zeroes some of
     them. `ranknum` (1,) is r and stays so whatever is pruned (ledger L3).
     """
+
+    lora_E: nn.Parameter
 
     def add_parameters(self, **like: Any) -> None:
         self.lora_E = nn.Parameter(torch.empty(self.r, 1, **like))
@@ -163,6 +165,8 @@ class GatedLinear(LoRALinear):
 
     gate (1, r) ~ N(0, 1), A ~ N(0, init_std), B = 0 at the start (ledger L2). The optimizer's threshold zeroes gates.
     """
+
+    lora_gate: nn.Parameter
 
     def add_parameters(self, **like: Any) -> None:
         self.lora_gate = nn.Parameter(torch.empty(1, self.r, **like))

@@ -49,7 +49,7 @@ class RandomMask:
     @torch.no_grad()
     def apply(self, key: int) -> None:
         """Zero the gradients of the directions that are not drawn for `key`."""
-        gradients = [p.grad for p in (*self.A, *self.B)]
+        gradients: list[Any] = [p.grad for p in (*self.A, *self.B)]
         if not self._buffers:
             self._buffers = [torch.empty_like(g) for g in gradients]
         if self.drawn is None or self.drawn[0] != key:
@@ -91,12 +91,13 @@ class MaskCallback(TrainerCallback):
             self.norms["train/grad_norm_before_mask"] = self._norm()
         self.mask.apply(state.global_step if self.resample == "step" else int(state.epoch or 0))
         if self.as_released:
-            torch._foreach_zero_([p.grad for p in self.others])
+            gradients: list[Any] = [p.grad for p in self.others]
+            torch._foreach_zero_(gradients)
         if logged:
             self.norms["train/grad_norm_after_mask"] = self._norm()
 
     def _norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in (*self.mask.A, *self.mask.B)])
+        return torch.nn.utils.get_total_norm([p.grad for p in (*self.mask.A, *self.mask.B) if p.grad is not None])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -10,12 +10,13 @@ from transformers import TrainerCallback
 
 from loralib.adapt import adapted_layers, parameters
 from loralib.errors import InputError
+from loralib.layers import GatedLinear
 from loralib.trainer import LoRATrainer
 
 
 def gates(model: nn.Module) -> list[nn.Parameter]:
     """The gates of all adapted layers, (1, r) each, in `named_modules` order."""
-    return [layer.lora_gate for _, layer in adapted_layers(model)]
+    return [layer.lora_gate for _, layer in adapted_layers(model) if isinstance(layer, GatedLinear)]
 
 
 def gate_l1(gates: Sequence[Tensor]) -> Tensor:
