@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,18 @@ class Run:
     training: GlueTrainingArguments
     checkpoint: str | None
     submission: str | None
-    command: list[str] = field(default_factory=lambda: list(sys.argv))
+    command: list[str]
     started: float = field(default_factory=time.time)
 
 
-def start(training: GlueTrainingArguments, model: ModelArguments, data: DataArguments, lora: LoRAArguments) -> Run:
-    """Logging, output folder, seed. Call it first."""
+def start(
+    training: GlueTrainingArguments,
+    model: ModelArguments,
+    data: DataArguments,
+    lora: LoRAArguments,
+    argv: Sequence[str] | None = None,
+) -> Run:
+    """Logging, output folder, seed. Call it first. `argv`: the flags, where they are not those of the process."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler()]
     )
@@ -70,7 +77,8 @@ def start(training: GlueTrainingArguments, model: ModelArguments, data: DataArgu
     with training.main_process_first(desc="output folder"):
         checkpoint = prepare_output_dir(training)
     set_seed(training.seed)
-    return Run((model, data, lora, training), training, checkpoint, data.glue_submission)
+    command = sys.argv if argv is None else [sys.argv[0], *argv]
+    return Run((model, data, lora, training), training, checkpoint, data.glue_submission, list(command))
 
 
 # ---- output folder ----
