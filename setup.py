@@ -1,0 +1,37 @@
+"""Build file: distribution rm-lora-glue, import name loralib (the distribution called loralib is Microsoft's)."""
+
+from setuptools import setup
+
+TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "peft>=0.19", "matplotlib>=3.9"]
+
+setup(
+    name="rm-lora-glue",
+    version="1.0.0",
+    description="LoRA, AdaLoRA, SoRA and RM-LoRA on GLUE: a reference implementation for current PyTorch",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["loralib", "loralib.glue"],
+    package_data={"loralib": ["py.typed"], "loralib.glue": ["*.py"]},
+    # Each range was tried at both ends; constraints.txt holds the exact versions that the tests run with.
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "transformers>=5.17,<5.24",
+        "accelerate>=1.12,<1.16",
+        "datasets>=4.4,<5.3",
+        "evaluate>=0.4.6,<0.5",
+        "safetensors>=0.6",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "numpy>=1.26",
+        "pyarrow>=18",
+        "sentencepiece>=0.2",  # with protobuf: reads spm.model, DeBERTa-v3's only tokenizer file
+        "protobuf>=5",
+        "tensorboard>=2.18",
+    ],
+    extras_require={
+        "test": TEST,
+        "report": ["matplotlib>=3.9"],
+        "sweep": ["ray[tune]>=2.50"],
+        "peft": ["peft>=0.19"],
+    },
+)

@@ -1,0 +1,216 @@
+"""The set-up files agree with each other, and the scripts refuse what they must."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+import quickstart_table
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    found = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): pin for name, pin in found.items()}
+
+
+def declared() -> dict[str, list[Requirement]]:
+    """Requirements by extra ("" for none), as setup.py states them."""
+    code = "import json, runpy, setuptools as s; s.setup = lambda **k: print(json.dumps(k)); runpy.run_path('setup.py')"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    stated = json.loads(out)
+    assert stated["name"] != "loralib" and stated["packages"] == ["loralib", "loralib.glue"]
+    groups = {"": stated["install_requires"], **stated["extras_require"]}
+    return {extra: [Requirement(line) for line in lines] for extra, lines in groups.items()}
+
+
+def test_every_direct_dependency_is_pinned_inside_its_range() -> None:
+    pinned = pins()
+    for extra in ("", "test", "report", "peft"):
+        for requirement in declared()[extra]:
+            pin = pinned[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(pin), (requirement, pin)
+    assert pinned["torch"] == "2.13.0"
+
+
+def test_pins_fit_each_other() -> None:
+    """What an installed pinned package asks for is pinned too, in the range that it asks for."""
+    pinned = pins()
+    for name, pin in pinned.items():
+        try:
+            if version(name).split("+")[0] != pin:
+                continue
+        except ModuleNotFoundError:
+            continue
+        for line in requires(name) or []:
+            wanted = Requirement(line)
+            if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+                continue
+            other = canonicalize_name(wanted.name)
+            if other in pinned:
+                assert wanted.specifier.contains(pinned[other], prereleases=True), (name, line, pinned[other])
+
+
+def test_conda_file_keeps_its_name_and_a_python_that_setup_allows() -> None:
+    text = (ROOT / "env.yml").read_text()
+    assert re.search(r"^name: py39$", text, re.M)
+    assert re.search(r"^  - python=3\.11$", text, re.M)
+    assert "-c constraints.txt" in text
+
+
+def fake_clone(folder: Path) -> Path:
+    """The set-up scripts alone, in a folder with a space in its name."""
+    clone = folder / "a clone"
+    (clone / "scripts").mkdir(parents=True)
+    for name in ("scripts/setup_env.sh", "scripts/quickstart.sh", "scripts/test.sh", "setup.py", "constraints.txt"):
+        (clone / name).write_bytes((ROOT / name).read_bytes())
+    return clone
+
+
+def on_path(folder: Path, **programs: str) -> dict[str, str]:
+    """An environment whose PATH begins with these shell scripts."""
+    folder.mkdir()
+    for name, body in programs.items():
+        program = folder / name.replace("_", ".")
+        program.write_text("#!/bin/sh\n" + textwrap.dedent(body))
+        program.chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")}
+    return clean | {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+OLD = """
+case "$*" in
+    *--version*) echo Python 3.9.18 ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_an_old_python_is_refused_in_one_sentence(tmp_path: Path, script: str) -> None:
+    clone = fake_clone(tmp_path)
+    names = {name: OLD for name in ("python", "python3", "python3_11", "python3_12", "python3_13")}
+    run = subprocess.run(
+        ["bash", str(clone / "scripts" / script)],
+        env=on_path(tmp_path / "bin", **names),
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and run.stdout == ""
+    assert re.fullmatch(r"error: Python 3\.11 or later is needed .*Python 3\.9\.18.*env\.yml.*\n", run.stderr), (
+        run.stderr
+    )
+    assert not (clone / ".venv").exists()
+
+
+# A Python whose venv makes another such Python, and whose pip writes down how it was called.
+RECORDER = """
+case "$*" in
+    *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
+    *"-m pip"*) echo "$*" >> "$RECORD"; exit "${PIP_EXIT:-0}" ;;
+    *find_spec*) exit 1 ;;
+    *embedded.py*) echo /embedded ;;
+    *run_glue.py*) echo "$*" >> "$RECORD"; case "$*" in *SoRA/*) exit "${SORA_EXIT:-0}" ;; esac ;;
+    *quickstart_table.py*) echo "$*" >> "$RECORD" ;;
+esac
+"""
+
+
+def quickstart(tmp_path: Path, *flags: str, again: bool = False, **env: str) -> tuple[int, str, list[str]]:
+    """(exit status, stderr, calls of pip, entry points and table) of a quickstart whose Python only records."""
+    clone = tmp_path / "a clone" if again else fake_clone(tmp_path)
+    record = tmp_path / "record"
+    record.write_text("")
+    bin_ = tmp_path / ("bin2" if again else "bin")
+    environment = on_path(bin_, python3_11=RECORDER, python=RECORDER) | {"RECORD": str(record)} | env
+    command = ["bash", str(clone / "scripts" / "quickstart.sh"), *flags]
+    run = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
+    return run.returncode, run.stderr, record.read_text().splitlines()
+
+
+def test_quickstart_installs_once_then_runs_five_methods_and_the_table(tmp_path: Path) -> None:
+    code, _, calls = quickstart(tmp_path)
+    assert code == 0
+    assert calls[0].endswith("install -qq --disable-pip-version-check -c constraints.txt -e .")
+    assert [call.split("/run_glue.py")[0].rsplit("/", 1)[1] for call in calls[1:6]] == [
+        "AdaLoRA",
+        "AdaLoRA",
+        "SoRA",
+        "RM-LoRA",
+        "RM-LoRA",
+    ]
+    for call in calls[1:6]:
+        assert "--model_name_or_path /embedded/deberta-v3-tiny --dataset_name /embedded/mrpc" in call
+    assert "quickstart_table.py" in calls[6] and len(calls) == 7
+    code, _, calls = quickstart(tmp_path, again=True)
+    assert code == 0 and len(calls) == 6 and not any("-m pip" in call for call in calls)
+
+
+def test_quickstart_with_own_model_and_task_is_the_paper_run(tmp_path: Path) -> None:
+    flags = ("--model_name_or_path", "microsoft/deberta-v3-base", "--task_name=mrpc", "--seed", "7")
+    code, _, calls = quickstart(tmp_path, *flags)
+    assert code == 0
+    for call in calls[1:6]:
+        assert "embedded" not in call and "--overwrite_output_dir" not in call
+        assert "--learning_rate 1e-3 --max_seq_length 128" in call
+        assert call.endswith("--model_name_or_path microsoft/deberta-v3-base --task_name=mrpc --seed 7")
+        assert "/output/deberta-v3-base-mrpc/" in call
+
+
+def test_quickstart_keeps_one_folder_a_method_under_the_users_output_dir(tmp_path: Path) -> None:
+    code, _, calls = quickstart(tmp_path, "--output_dir", "/some where", "--num_train_epochs", "1")
+    assert code == 0
+    folders = [re.search(r"--output_dir (.*?) --num", call) for call in calls[1:6]]
+    assert [f and f[1] for f in folders] == [
+        f"/some where/{m}" for m in ("lora", "adalora", "sora", "rm-lora-v1", "rm-lora-v2")
+    ]
+
+
+def test_a_failing_step_stops_the_quickstart_with_a_sentence(tmp_path: Path) -> None:
+    code, stderr, calls = quickstart(tmp_path, SORA_EXIT="2")
+    assert code == 1 and stderr.endswith("error: sora failed, see the message above; nothing after it was run.\n")
+    assert len(calls) == 4
+    code, stderr, calls = quickstart(tmp_path, again=True)
+    assert code == 0
+
+
+def test_a_failed_installation_is_said_and_tried_again(tmp_path: Path) -> None:
+    code, stderr, calls = quickstart(tmp_path, PIP_EXIT="1")
+    assert code == 1 and stderr.startswith("error: the installation failed") and len(calls) == 1
+    code, _, calls = quickstart(tmp_path, again=True)
+    assert code == 0 and "-m pip" in calls[0]
+
+
+def test_table_reads_the_runs_and_names_missing_ones(
+    tmp_path: Path, mrpc_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {
+        "method": "sora",
+        "metrics": {"eval_accuracy": 0.9375, "eval_f1": 0.95},
+        "parameters": {
+            "trainable": 12345,
+            "head": 100,
+            "remaining": 200,
+            "modules": {"a": {"rank": 1}, "b": {"rank": 2}},
+        },
+        "wall_seconds": 12.3,
+        "arguments": {"dataset_name": str(mrpc_dir), "task_name": None},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    lines = quickstart_table.main([str(tmp_path)]).splitlines()
+    assert lines[0].split() == list(quickstart_table.HEADER)
+    # 21 of the 32 validation rows are equivalent
+    assert lines[2].split() == ["sora", "12,345", "300", "1.50", "93.8", "95.0", "65.6", "12"]
+    with pytest.raises(SystemExit):
+        quickstart_table.main([str(tmp_path), str(tmp_path / "none")])
+    assert f"no run.json in {tmp_path / 'none'}" in capsys.readouterr().err
