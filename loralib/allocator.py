@@ -221,7 +221,10 @@ class AllocatorCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.interval == 0 and state.is_world_process_zero:
             ranks = self.allocator.ranks()
-            values: dict[str, float] = {"Budget/total_rank": self.allocator.budget, "Budget/sum_param": self.sum_parameters(ranks)}
+            values: dict[str, float] = {
+                "Budget/total_rank": self.allocator.budget,
+                "Budget/sum_param": self.sum_parameters(ranks),
+            }
             if self.allocator.threshold is not None:
                 values["Budget/mask_threshold"] = self.allocator.threshold.item()
             self.trainer.add_scalars(values | {f"Ranknum/{name}": rank for name, rank in ranks.items()})

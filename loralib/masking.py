@@ -78,7 +78,9 @@ class MaskCallback(TrainerCallback):
         as_released: the first step is unmasked, later ones zero the head's gradient too (ledger R1, R2).
     """
 
-    def __init__(self, trainer: LoRATrainer, mask: RandomMask, resample: str = "step", as_released: bool = False) -> None:
+    def __init__(
+        self, trainer: LoRATrainer, mask: RandomMask, resample: str = "step", as_released: bool = False
+    ) -> None:
         self.trainer, self.mask, self.resample, self.as_released = trainer, mask, resample, as_released
         self.others = [p for n, p in trainer.model.named_parameters() if p.requires_grad and not is_lora(n)]
         self.norms: dict[str, Tensor] = {}  # on the device until they are logged

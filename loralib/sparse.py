@@ -131,7 +131,9 @@ def lambda_stages(schedule: str, start: float, end: float, stages: int) -> list[
     if stages < 2:
         raise InputError(f"lambda_num is {stages}: a schedule needs 2 or more stages.")
     if end <= start:
-        raise InputError(f"max_lambda is {end}, it must lie above sparse_lambda_2 = {start}, where the schedule starts.")
+        raise InputError(
+            f"max_lambda is {end}, it must lie above sparse_lambda_2 = {start}, where the schedule starts."
+        )
     if schedule == "exp_linear" and start <= 0:
         raise InputError(
             f"lambda_schedule exp_linear cannot start at sparse_lambda_2 = {start}, since log 0 does not exist: start "
@@ -192,7 +194,9 @@ class GateCallback(TrainerCallback):
         counts = parameters(self.trainer.model)
         total = sum(g.numel() for g in gates(self.trainer.model))
         nonzero = sum(m["rank"] for m in counts["modules"].values())
-        self.trainer.add_scalars({"Gates/nonzero_share": nonzero / total, "Gates/remaining_parameters": counts["remaining"]})
+        self.trainer.add_scalars(
+            {"Gates/nonzero_share": nonzero / total, "Gates/remaining_parameters": counts["remaining"]}
+        )
 
     def summary(self) -> dict[str, Any]:
         """Facts for run.json: non-zero gates of each matrix and the parameters that remain."""
