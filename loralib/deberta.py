@@ -11,6 +11,9 @@ arXiv 2006.03654, eq. 4):
 In a buffer of L rows and 2L columns whose column for distance d is L - 1 - d, entry (i, j) lies at
 i (2L - 1) + (L - 1) + j: cut off the first L - 1 numbers, call the rest rows of 2L - 1, keep L of each. That is a view:
 no gather, and no scatter in the backward.
+
+A sequence classifier reads the first token of the last layer and nothing else of it: there only that token's query is
+computed, and only its row goes through the rest of the layer.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.deberta_v2.modeling_deberta_v2 import (
     DebertaV2Encoder,
+    DebertaV2ForSequenceClassification,
     DisentangledSelfAttention,
     make_log_bucket_position,
     scaled_size_sqrt,
@@ -41,6 +45,8 @@ def use_fast_attention(model: nn.Module) -> bool:
     probabilities and results (1e-10 in float64, padded rows included) stay those of the stock code. May be called
     before or after the linear layers are adapted. Other models, and encoders without relative attention, are left
     alone and a log line says so. Calls that ask for the attention matrices or bring query states run the stock code.
+    In a `DebertaV2ForSequenceClassification` the last layer computes the first token alone, unless hidden states are
+    asked for.
     """
     encoders = [module for module in model.modules() if isinstance(module, DebertaV2Encoder)]
     covered = bool(encoders) and all(
@@ -49,6 +55,9 @@ def use_fast_attention(model: nn.Module) -> bool:
     if not covered:
         logger.warning("Attention stays stock: the fast form needs a DeBERTa-v2/v3 encoder with c2p or p2c attention.")
         return False
+    for module in model.modules():
+        if isinstance(module, DebertaV2ForSequenceClassification) and type(module.deberta.encoder) is DebertaV2Encoder:
+            module.register_forward_pre_hook(_ask_for_first_token, with_kwargs=True)
     for encoder in encoders:
         encoder.__class__ = FastEncoder
         for layer in encoder.layer:
@@ -79,6 +88,14 @@ def unpad(model: nn.Module) -> bool:
     return True
 
 
+def _ask_for_first_token(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the encoder that the head about to run reads the first token alone (it forgets after one forward)."""
+    names = ("output_attentions", "output_hidden_states")
+    wanted = [getattr(model.config, name) if kwargs.get(name) is None else kwargs[name] for name in names]
+    by_name = len(args) <= 6  # output_attentions would be the seventh
+    model.deberta.encoder.first_token_only = by_name and not any(wanted) and model.deberta.z_steps <= 1
+
+
 def _covers(attention: nn.Module) -> bool:
     kinds = set(getattr(attention, "pos_att_type", ()))
     return isinstance(attention, DisentangledSelfAttention) and bool(kinds) and kinds <= {"c2p", "p2c"}
@@ -88,15 +105,16 @@ class _Batch(NamedTuple):
     """What the layers of one forward share about its batch of (batch, length) positions."""
 
     masked: Tensor  # (batch, length, length) bool, True where query i may not see key j
-    distance: Tensor | None  # (2 length) table row of each distance -length .. length-1; None: they are consecutive
     tokens: Tensor | None  # (tokens) place of each real token in batch * length; None: not packed
     slots: Tensor | None  # (batch * length) packed row that fills each place (padding: some row, it is masked)
+    distance: Tensor | None  # (2 length) table row of each distance -length .. length-1; None: they are consecutive
 
 
 class FastEncoder(DebertaV2Encoder):
     """DebertaV2Encoder that prepares mask, distances and packing once for all its layers."""
 
     unpadded = False
+    first_token_only = False
 
     def forward(
         self,
@@ -118,6 +136,7 @@ class FastEncoder(DebertaV2Encoder):
                 relative_pos,
                 return_dict,
             )
+        first_token_only, self.first_token_only = self.first_token_only, False
         batch, length = hidden_states.shape[:2]
         visible = attention_mask.bool()
         row_mask = attention_mask if visible.dim() == 2 else attention_mask.sum(-2) > 0
@@ -128,18 +147,25 @@ class FastEncoder(DebertaV2Encoder):
             slots = (real.cumsum(0) - 1).clamp_(min=0)
         if visible.dim() == 2:
             visible = visible[:, :, None] & visible[:, None, :]
-        shared = _Batch(~visible, self._distance(length, hidden_states.device), tokens, slots)
+        shared = _Batch(~visible, tokens, slots, self._distance(length, hidden_states.device))
 
         table = self.get_rel_embedding()
         states = hidden_states if tokens is None else hidden_states.flatten(0, 1).index_select(0, tokens)
         every: list[Tensor] = [states]
         for i, layer in enumerate(self.layer):
-            states = layer(states, shared.masked, relative_pos=shared, rel_embeddings=table)[0]
+            first = None
+            if first_token_only and i == len(self.layer) - 1 and (i > 0 or self.conv is None):
+                first = states[:, :1] if slots is None else states.index_select(0, slots.view(batch, length)[:, 0])
+            states = layer(states, shared.masked, query_states=first, relative_pos=shared, rel_embeddings=table)[0]
             if i == 0 and self.conv is not None:
                 states = self.conv(hidden_states, states, row_mask)
             every.append(states)
 
-        hidden = tuple(every) if tokens is None else _Unpacked(every, tokens, (batch, length))
+        hidden: Any = tuple(every)
+        if first is not None:
+            hidden = (states.view(batch, 1, -1),)
+        elif tokens is not None:
+            hidden = _Unpacked(every, tokens, (batch, length))
         last, kept = hidden[-1], hidden if output_hidden_states else None
         if not return_dict:
             return tuple(part for part in (last, kept) if part is not None)
@@ -177,65 +203,86 @@ class _Unpacked(Sequence):
 class FastSelfAttention(DisentangledSelfAttention):
     """DisentangledSelfAttention whose position terms are read as a band; for anything but `FastEncoder` it is stock."""
 
+    score_scale: float
+
     def forward(
         self,
         hidden_states: Tensor,  # (batch, length, hidden), or (tokens, hidden) when packed
         attention_mask: Tensor,
         output_attentions: bool = False,
-        query_states: Tensor | None = None,
+        query_states: Tensor | None = None,  # the first tokens, (batch, 1, hidden) or (batch, hidden), or None for all
         relative_pos: Any = None,
-        rel_embeddings: Tensor | None = None,
+        rel_embeddings: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         if not isinstance(relative_pos, _Batch):
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             )
-        batch, length = relative_pos.masked.shape[:2]
-        distance, span = relative_pos.distance, self.pos_ebd_size
+        where, distance = relative_pos[:3], relative_pos.distance
+        length, span = relative_pos.masked.shape[-1], self.pos_ebd_size
         c2p, p2c = "c2p" in self.pos_att_type, "p2c" in self.pos_att_type
         states = hidden_states.view(-1, hidden_states.shape[-1])
+        asking = states if query_states is None else query_states.reshape(-1, hidden_states.shape[-1])
         # Dropout acts on rows of the table, before distances that share a bucket share a row.
         rows = self.pos_dropout(
-            rel_embeddings[: 2 * span] if distance is not None else rel_embeddings[span - length : span + length]
+            rel_embeddings[span - length : span + length] if distance is None else rel_embeddings[: 2 * span]
         )
 
         pos_q = pos_k = None
-        if self.share_att_key:
-            both = torch.cat([states, rows])  # one call of each projection, and so of its adapter
-            sizes = [states.shape[0], rows.shape[0]]
-            query, key = self._heads(self.query_proj(both)), self._heads(self.key_proj(both))
-            (query, pos_q), (key, pos_k) = query.split(sizes), key.split(sizes)
+        if self.share_att_key:  # hidden states and table in one call of each projection, and so of its adapter
+            both = torch.cat([states, rows])
+            query = self._heads(self.query_proj(both if query_states is None else torch.cat([asking, rows])))
+            key = self._heads(self.key_proj(both))
+            query, pos_q = query.split([asking.shape[0], rows.shape[0]])
+            key, pos_k = key.split([states.shape[0], rows.shape[0]])
         else:
-            query, key = self._heads(self.query_proj(states)), self._heads(self.key_proj(states))
+            query, key = self._heads(self.query_proj(asking)), self._heads(self.key_proj(states))
             pos_k = self._heads(self.pos_key_proj(rows)) if c2p else None
             pos_q = self._heads(self.pos_query_proj(rows)) if p2c else None
         value = self._heads(self.value_proj(states))
-        # The band of c2p runs over descending distances, that of p2c, whose rows are keys, over ascending ones.
-        if distance is not None:
-            pos_k = pos_k.index_select(0, distance.flip(0)) if c2p else None
-            pos_q = pos_q.index_select(0, distance) if p2c else None
-        else:
-            pos_k = pos_k.flip(0) if c2p else None
-            pos_q = pos_q if p2c else None
+        pos_k = self._spread(pos_k, distance) if c2p else None
+        pos_q = self._spread(pos_q, distance) if p2c else None
 
         dropout = self.dropout.p if self.training else 0.0
-        context = _BandedAttention.apply(
-            query,
-            key,
-            value,
-            pos_k,
-            pos_q,
-            relative_pos.masked,
-            relative_pos.tokens,
-            relative_pos.slots,
-            self.score_scale,
-            dropout,
-        )
-        return context.reshape(*hidden_states.shape[:-1], self.all_head_size), None
+        attend = _BandedAttention.apply if query_states is None else _first_token_attention
+        context = attend(query, key, value, pos_k, pos_q, *where, self.score_scale, dropout)
+        return context.reshape(*(hidden_states if query_states is None else query_states).shape[:-1], -1), None
 
     def _heads(self, x: Tensor) -> Tensor:
         """(rows, heads * size) -> (rows, heads, size)"""
         return x.view(x.shape[0], self.num_attention_heads, -1)
+
+    @staticmethod
+    def _spread(rows: Any, distance: Tensor | None) -> Tensor:
+        """Rows of the table -> a row for each distance."""
+        return rows if distance is None else rows.index_select(0, distance)
+
+
+def _first_token_attention(
+    query: Tensor,  # (batch, heads, size)
+    key: Tensor,  # (tokens, heads, size)
+    value: Tensor,
+    pos_k: Tensor | None,
+    pos_q: Tensor | None,
+    masked: Tensor,
+    tokens: Tensor | None,
+    slots: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Row 0 of what `_BandedAttention` computes, from the queries of the first tokens: (batch, heads, size)."""
+    batch, length = masked.shape[:2]
+    if slots is not None:
+        key, value = key.index_select(0, slots), value.index_select(0, slots)
+    key, value = (x.view(batch, length, *x.shape[1:]) for x in (key, value))
+    scores = torch.einsum("bhd,bjhd->bhj", query, key)
+    if pos_k is not None:  # key j lies at distance -j
+        scores = scores + torch.einsum("bhd,jhd->bhj", query, pos_k[1 : length + 1].flip(0))
+    if pos_q is not None:
+        scores = scores + torch.einsum("bjhd,jhd->bhj", key, pos_q[1 : length + 1].flip(0))
+    scores = (scores * scale).masked_fill(masked[:, :1], torch.finfo(scores.dtype).min)
+    probs = torch.dropout(torch.softmax(scores, -1, dtype=scores.dtype), dropout, dropout > 0)
+    return torch.einsum("bhj,bjhd->bhd", probs, value)
 
 
 def _band(buffer: Tensor, start: int) -> Tensor:
@@ -248,8 +295,8 @@ def _band(buffer: Tensor, start: int) -> Tensor:
 class _BandedAttention(torch.autograd.Function):
     """dropout(softmax(scores)) v with the scores of the module's docstring, the backward written by hand.
 
-    q, k, v: (tokens, heads, size); pos_k, pos_q: (2 length, heads, size) or None, by descending and by ascending
-    distance; masked: (batch, length, length). Returns the context (tokens, heads, size). Everything inside is
+    q, k, v: (tokens, heads, size); pos_k, pos_q: (2 length, heads, size), a row for each distance -length ..
+    length-1, or None; masked: (batch, length, length). Returns the context (tokens, heads, size). Everything inside is
     head-major, n = heads * batch, so that one product with the rows of the table serves all examples. Kept for the
     backward: q, k, v, the probabilities and the dropout mask; the scores and the dropped probabilities are not.
     """
@@ -276,7 +323,10 @@ class _BandedAttention(torch.autograd.Function):
         if slots is not None:
             qkv = qkv.index_select(2, slots)
         qkv = qkv.view(3, n, length, size)
-        pos = torch.stack([p.transpose(0, 1) for p in (pos_k, pos_q) if p is not None]).flatten(0, 1)
+        # The band of c2p runs over descending distances, that of p2c, whose rows are keys, over ascending ones.
+        rows = [pos_k.flip(0)] if pos_k is not None else []
+        rows += [pos_q] if pos_q is not None else []
+        pos = torch.stack([p.transpose(0, 1) for p in rows]).flatten(0, 1)
         content = qkv[0 if c2p else 1 : 2 if p2c else 1].reshape(pos.shape[0], batch * length, size)
         bands = torch.bmm(content, pos.transpose(1, 2)).view(c2p + p2c, n, length, 2 * length)
         if c2p and p2c:
@@ -341,5 +391,5 @@ class _BandedAttention(torch.autograd.Function):
             x = x.view(heads, batch * length, size).transpose(0, 1)
             return x if tokens is None else x.index_select(0, tokens)
 
-        grad_pos_k, grad_pos_q = grad_pos[0] if c2p else None, grad_pos[-1] if p2c else None
+        grad_pos_k, grad_pos_q = grad_pos[0].flip(0) if c2p else None, grad_pos[-1] if p2c else None
         return rows(grad_q), rows(grad_k), rows(grad_v), grad_pos_k, grad_pos_q, None, None, None, None, None

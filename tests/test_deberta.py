@@ -131,6 +131,38 @@ def test_packed_rows_are_the_padded_ones(variant: str, length: int) -> None:
     assert not hidden[mask == 0].any()
 
 
+def classify(model: nn.Module, ids: Tensor, mask: Tensor, **more: object) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and the gradients of the cross-entropy for all parameters that got one."""
+    model.zero_grad()
+    logits = model(input_ids=ids, attention_mask=mask, **more).logits
+    nn.functional.cross_entropy(logits, torch.arange(len(ids)) % 2).backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_the_first_token_alone_gives_the_logits(variant: str, packed: bool, length: int) -> None:
+    """Whole classifier: the last layer runs for the first token only, gradients included."""
+    stock = build(**VARIANTS[variant]).double()
+    fast = copy.deepcopy(stock)
+    (unpad if packed else use_fast_attention)(fast)
+    ids, mask = batch(length)
+    shapes = []
+    fast.deberta.encoder.layer[-1].output.register_forward_hook(lambda _, args, out: shapes.append(out.numel()))
+    assert difference(classify(stock, ids, mask), classify(fast, ids, mask)) < 1e-10
+    assert shapes == [3 * 24]
+    whole = fast.deberta(input_ids=ids, attention_mask=mask)[0]  # without the head, all tokens are wanted
+    assert whole.shape == (3, length, 24)
+
+
+def test_the_first_token_alone_with_a_convolution_in_the_only_layer() -> None:
+    stock = build(conv_kernel_size=3, num_hidden_layers=1).double()
+    fast = copy.deepcopy(stock)
+    use_fast_attention(fast)
+    assert difference(classify(stock, *batch(9)), classify(fast, *batch(9))) < 1e-10
+
+
 def test_packing_takes_padding_anywhere() -> None:
     """Left padding and holes: what is real is decided by the mask, not by a length."""
     stock = build().double()
@@ -151,7 +183,7 @@ def test_packed_layers_see_real_tokens_only() -> None:
         layer.intermediate.dense.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
         layer.attention.self.value_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     model(input_ids=ids, attention_mask=mask)
-    assert seen == [(int(mask.sum()), 24)] * 4
+    assert seen == [(int(mask.sum()), 24)] * 3 + [(3, 24)]
 
 
 def test_a_mask_of_pairs() -> None:
@@ -250,8 +282,7 @@ def test_dropped_probabilities_with_the_same_mask_as_plain_torch() -> None:
         return x.view(b, length, heads, size).permute(2, 0, 1, 3)
 
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    key_rows = pos_k[length - 1 - distance]  # descending: distance d in row length - 1 - d
-    query_rows = pos_q[distance + length]  # ascending
+    key_rows, query_rows = pos_k[distance + length], pos_q[distance + length]
     scores = by_head(q) @ by_head(k).transpose(2, 3)
     scores = scores + torch.einsum("hbid,ijhd->hbij", by_head(q), key_rows)
     scores = scores + torch.einsum("hbjd,ijhd->hbij", by_head(k), query_rows)
