@@ -81,7 +81,7 @@ def write_download(folder: Path, task: Task, splits: dict[str, list[dict]]) -> P
         texts = [row[name] for name in task.text_columns]
         label = row["label"]
         if task.label_names is None:
-            label = f"{label:.3f}"
+            label = f"{label:.9g}"  # enough for a float32
         elif task.name in words:
             label = task.label_names[label]
         cells = {"label": label, "gold_label": label, "is_duplicate": label, "score": label, "Quality": label,

@@ -32,7 +32,7 @@ _FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 # Columns that say by their names that they are the texts; elsewhere the first one or two columns of text are taken.
 _TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"),
           ("sentence",), ("text",))  # fmt: skip
-_HIDDEN = ("", "-1")  # how a label that is not given is written
+_HIDDEN = ("", "-1", "-1.0")  # how a label that is not given is written
 
 
 @dataclass(frozen=True)
@@ -424,7 +424,9 @@ def _labels(dataset: Dataset, task: Task, where: str, is_test: bool) -> list[int
         return [-1] * len(dataset)
     feature = dataset.features["label"]
     words = [_word(value) for value in _column(dataset, "label")]
-    if is_test and any(word in _HIDDEN for word in words):
+    # a regression of no known scale may well have -1 among its labels
+    hidden = _HIDDEN if task.label_names is not None or task.label_range is not None else ("",)
+    if is_test and any(word in hidden for word in words):
         return [-1] * len(dataset)
     if isinstance(feature, ClassLabel):
         names = {str(i): name for i, name in enumerate(feature.names)}
@@ -439,7 +441,7 @@ def _labels(dataset: Dataset, task: Task, where: str, is_test: bool) -> list[int
         good = [word in ids for word in words]
     if not all(good):
         row = good.index(False)
-        hint = " (-1 or nothing marks hidden labels)" if words[row] in _HIDDEN else ""
+        hint = " (-1 or nothing marks hidden labels)" if words[row] in hidden else ""
         raise InputError(f"{where}: row {row} (counted from 0) has the label {words[row]!r}{hint}, allowed is "
                          f"{allowed}: repair or remove the row.")  # fmt: skip
     return [float(word) for word in words] if task.label_names is None else [ids[word] for word in words]
