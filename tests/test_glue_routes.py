@@ -1,4 +1,4 @@
-"""Every route to a task's rows gives the same rows, labels and task: hub parquet, save_to_disk, GLUE download, files."""
+"""Every route to a task's rows gives the same rows, labels and task: parquet, save_to_disk, GLUE download, files."""
 
 import csv
 import json

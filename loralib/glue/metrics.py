@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 
 def _correlation(function: Callable[..., Any], name: str) -> Callable[[np.ndarray, np.ndarray], float]:
     def score(predictions: np.ndarray, references: np.ndarray) -> float:
-        if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
-            logger.warning("%s is undefined for %d rows that do not vary: 0 is reported.", name, len(predictions))
+        if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+            constant = "predictions" if np.ptp(predictions) == 0 else "labels"
+            logger.warning("%s is undefined, all %s are equal: 0 is reported.", name, constant)
             return 0.0
-        return float(function(predictions, references)[0])
+        return float(function(predictions, references))
 
     return score
 
@@ -37,10 +38,10 @@ def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
 _SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda predictions, references: float(accuracy_score(references, predictions)),
     "f1": _f1,
-    "matthews_correlation": lambda predictions, references: float(matthews_corrcoef(references, predictions)),
+    "matthews_correlation": _correlation(matthews_corrcoef, "matthews_correlation"),
     "mse": lambda predictions, references: float(mean_squared_error(references, predictions)),
-    "pearson": _correlation(stats.pearsonr, "pearson"),
-    "spearmanr": _correlation(stats.spearmanr, "spearmanr"),
+    "pearson": _correlation(lambda x, y: stats.pearsonr(x, y).statistic, "pearson"),
+    "spearmanr": _correlation(lambda x, y: stats.spearmanr(x, y).statistic, "spearmanr"),
 }
 
 

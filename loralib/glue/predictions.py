@@ -4,23 +4,20 @@ import logging
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from loralib.errors import InputError
-from loralib.glue.metrics import to_labels
 from loralib.glue.tasks import GLUE, Task
 
 logger = logging.getLogger(__name__)
 
 
-def write_predictions(output_dir: str | os.PathLike[str], split_name: str, task: Task, predictions: Any) -> Path:
+def write_predictions(output_dir: str | os.PathLike[str], split_name: str, labels: np.ndarray, task: Task) -> Path:
     """Write predict_results_<split_name>.txt: a row's position and its label's name, or its number with 3 decimals.
 
-    split_name is a key of `GlueData.tests`; predictions are the model's outputs, (rows, num_labels).
+    split_name is a key of `GlueData.tests`; labels: (rows,) ids or floats, as `metrics.to_labels` gives them.
     """
-    labels = to_labels(predictions, task)
     if task.label_names is None:
         words = [f"{label:.3f}" for label in labels]
     else:
@@ -28,13 +25,12 @@ def write_predictions(output_dir: str | os.PathLike[str], split_name: str, task:
     return _write(Path(output_dir) / f"predict_results_{split_name}.txt", words)
 
 
-def write_submission(folder: str | os.PathLike[str], split_name: str, task: Task, predictions: Any) -> Path:
+def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np.ndarray, task: Task) -> Path:
     """Write one file exactly as GLUE's server takes it, and submission.zip once the files of all tasks are there.
 
     The index is the position in the test split counted from 0: that is the `index` (QQP: `id`) column of GLUE's own
     test files in their order, and `idx` of the hub's test splits. Raises InputError for a task that is not GLUE's.
     """
-    labels = to_labels(predictions, task)
     if split_name not in task.submission:
         raise InputError(f"The server takes no predictions of {split_name!r}: it takes "
                          f"{', '.join(key for other in GLUE.values() for key in other.submission)}.")  # fmt: skip

@@ -1,0 +1,171 @@
+"""The official metrics against their definitions in plain arithmetic; the files for people and for GLUE's server."""
+
+import math
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+from transformers import EvalPrediction
+
+from loralib.errors import InputError
+from loralib.glue.metrics import compute_metrics, to_labels
+from loralib.glue.predictions import write_predictions, write_submission
+from loralib.glue.tasks import GLUE, Task
+
+CLASSES = Task("classification", ("text",), ("a", "b", "c"), ("accuracy",))
+FLOATS = Task("regression", ("text",), None, ("mse", "pearson", "spearmanr"))
+
+
+def one_hot(ids, classes):
+    return 3.0 * np.eye(classes)[np.asarray(ids)] - 1.0
+
+
+def counts(predicted, true):
+    pairs = list(zip(predicted, true, strict=True))
+    return [sum((p, t) == pair for p, t in pairs) for pair in ((1, 1), (1, 0), (0, 1), (0, 0))]
+
+
+def pearson(x, y):
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    cov = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    return cov / math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+
+
+def ranks(x):
+    return [sum(b < a for b in x) + (sum(b == a for b in x) + 1) / 2 for a in x]
+
+
+def expected(task, predicted, true):
+    """Each score from its definition."""
+    result = {}
+    for name in task.metrics:
+        if name == "accuracy":
+            result[name] = sum(p == t for p, t in zip(predicted, true, strict=True)) / len(true)
+        elif name == "f1":
+            tp, fp, fn, _ = counts(predicted, true)
+            result[name] = 2 * tp / (2 * tp + fp + fn)
+        elif name == "matthews_correlation":
+            tp, fp, fn, tn = counts(predicted, true)
+            result[name] = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        elif name == "mse":
+            result[name] = sum((p - t) ** 2 for p, t in zip(predicted, true, strict=True)) / len(true)
+        elif name == "pearson":
+            result[name] = pearson(predicted, true)
+        else:
+            result[name] = pearson(ranks(predicted), ranks(true))
+    if task.name in ("mrpc", "qqp", "stsb"):
+        result["combined_score"] = sum(result.values()) / 2
+    return result
+
+
+@pytest.mark.parametrize("task", [*GLUE.values(), CLASSES, FLOATS], ids=lambda task: task.name)
+def test_scores_are_their_definitions(task):
+    random = np.random.default_rng(3)
+    if task.label_names is None:
+        true = random.integers(0, 11, 40) / 2  # with ties
+        predicted = np.clip(true + random.normal(size=40), -1, 6)
+        outputs = predicted[:, None]
+    else:
+        true = random.integers(0, task.num_labels, 40)
+        predicted = np.where(random.random(40) < 0.6, true, random.integers(0, task.num_labels, 40))
+        outputs = one_hot(predicted, task.num_labels)
+    wanted = expected(task, predicted.tolist(), true.tolist())
+    for form in (outputs, (outputs, np.zeros((40, 2, 2))), outputs.astype(np.float32)):
+        got = compute_metrics(task)(EvalPrediction(form, true))
+        assert got == pytest.approx(wanted, abs=1e-6 if form is not outputs else 1e-12)
+        assert all(type(value) is float for value in got.values())
+
+
+def test_a_regression_head_of_shape_n_1_or_n():
+    for shape in ((2, 1), (2,), (1, 1), (1,)):
+        assert to_labels(np.ones(shape), GLUE["stsb"]).shape == shape[:1]
+
+
+@pytest.mark.parametrize("task", [*GLUE.values(), CLASSES, FLOATS], ids=lambda task: task.name)
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("label", [0, 1])
+def test_constant_predictions_and_one_class_are_numbers_and_no_warnings(task, rows, label):
+    true = np.full(rows, label)
+    outputs = one_hot(np.zeros(rows, int), task.num_labels) if task.label_names else np.zeros((rows, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = compute_metrics(task)(EvalPrediction(outputs, true))
+    right = float(label == 0)
+    assert got.pop("accuracy", right) == right
+    assert got.pop("mse", float(label)) == float(label)
+    if task.metrics == ("accuracy", "f1"):
+        assert got.pop("combined_score") == right / 2
+    assert all(value == 0.0 for value in got.values())  # correlations, and f1 without a hit
+
+
+def test_undefined_scores_are_said(caplog):
+    compute_metrics(GLUE["stsb"])(EvalPrediction(np.zeros((3, 1)), np.arange(3.0)))
+    compute_metrics(GLUE["mrpc"])(EvalPrediction(one_hot([0, 0], 2), np.zeros(2, int)))
+    assert "pearson is undefined" in caplog.text and "f1 is undefined" in caplog.text
+
+
+def test_nan_outputs_are_no_predictions():
+    outputs = one_hot([0, 1, 1], 2)
+    outputs[1, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN in 1 of 3 rows"):
+        compute_metrics(GLUE["cola"])(EvalPrediction(outputs, np.zeros(3, int)))
+
+
+def read(path):
+    text = path.read_bytes().decode()
+    assert text.endswith("\n") and "\r" not in text
+    return [line.split("\t") for line in text[:-1].split("\n")]
+
+
+def test_predictions_have_label_names_and_numbers(tmp_path):
+    path = write_predictions(tmp_path / "new", "mnli-mm", np.array([2, 0, 1]), GLUE["mnli"])
+    assert path.name == "predict_results_mnli-mm.txt"
+    assert read(path) == [["index", "prediction"], ["0", "contradiction"], ["1", "entailment"], ["2", "neutral"]]
+    path = write_predictions(tmp_path, "stsb", np.array([5.25, 1.0]), GLUE["stsb"])
+    assert read(path)[1:] == [["0", "5.250"], ["1", "1.000"]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "predict_results_stsb.txt"]  # no temporary file stays
+
+
+# File, rows and words of GLUE's sample submission.
+SERVER = {
+    "cola": ("CoLA.tsv", 1063, {"0", "1"}),
+    "sst2": ("SST-2.tsv", 1821, {"0", "1"}),
+    "mrpc": ("MRPC.tsv", 1725, {"0", "1"}),
+    "qqp": ("QQP.tsv", 390965, {"0", "1"}),
+    "wnli": ("WNLI.tsv", 146, {"0", "1"}),
+    "qnli": ("QNLI.tsv", 5463, {"entailment", "not_entailment"}),
+    "rte": ("RTE.tsv", 3000, {"entailment", "not_entailment"}),
+    "mnli": ("MNLI-m.tsv", 9796, {"entailment", "neutral", "contradiction"}),
+    "mnli-mm": ("MNLI-mm.tsv", 9847, {"entailment", "neutral", "contradiction"}),
+    "ax": ("AX.tsv", 1104, {"entailment", "neutral", "contradiction"}),
+    "stsb": ("STS-B.tsv", 1379, None),
+}
+
+
+def test_submission_files_and_the_zip_once_all_are_there(tmp_path, caplog):
+    for k, (split, (name, rows, words)) in enumerate(SERVER.items()):
+        assert not (tmp_path / "submission.zip").exists(), split
+        task = GLUE[split.removesuffix("-mm")]
+        ids = np.arange(rows) % task.num_labels
+        path = write_submission(tmp_path, split, ids if words else np.linspace(-1, 6, rows), task)
+        lines = read(path)
+        assert path.name == name and lines[0] == ["index", "prediction"] and len(lines) == rows + 1
+        assert [index for index, _ in lines[1:]] == [str(i) for i in range(rows)]
+        if words:
+            assert {word for _, word in lines[1:]} == words
+        else:
+            assert lines[1][1] == "0.000" and lines[-1][1] == "5.000"
+            assert all(len(word) == 5 and 0 <= float(word) <= 5 for _, word in lines[1:])
+        assert len(list(tmp_path.iterdir())) == k + 1 + (k + 1 == len(SERVER))
+    with zipfile.ZipFile(tmp_path / "submission.zip") as archive:
+        assert sorted(archive.namelist()) == sorted(name for name, _, _ in SERVER.values())
+        assert archive.read("RTE.tsv") == (tmp_path / "RTE.tsv").read_bytes()
+    assert "rows and the server takes" not in caplog.text
+
+
+def test_submission_of_a_part_warns_and_of_another_task_is_refused(tmp_path, caplog):
+    write_submission(tmp_path, "rte", np.array([0, 1]), GLUE["rte"])
+    assert "RTE.tsv has 2 rows and the server takes 3000" in caplog.text
+    with pytest.raises(InputError, match="takes no predictions of 'classification'"):
+        write_submission(tmp_path, "classification", np.array([0]), CLASSES)
