@@ -1,0 +1,152 @@
+"""The worked variants of docs/variant.md against PEFT's own, and through the GLUE run, the report and the exports."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from loralib.adapt import adapt, adapted_layers
+from loralib.export import load_adapter
+from loralib.layers import LoRALinear
+
+VARIANTS = Path(__file__).parent / "variants"
+
+
+@pytest.fixture(scope="module")
+def variant() -> Iterator[Callable[[str], Any]]:
+    """variant(name): the module of a file in tests/variants, imported as `python FILE` finds it."""
+    sys.path.insert(0, str(VARIANTS))
+    yield importlib.import_module
+    sys.path.remove(str(VARIANTS))
+
+
+def test_each_variant_is_a_file_of_at_most_forty_lines() -> None:
+    sizes = {path.name: len(path.read_text().splitlines()) for path in VARIANTS.glob("*.py")}
+    assert sizes and max(sizes.values()) <= 40, sizes
+
+
+def _peft_twin(layer: LoRALinear, **kind: bool) -> tuple[nn.Module, nn.Module]:
+    """A PEFT model of one linear layer with the same weights as `layer`, and PEFT's own adapted layer in it."""
+    base = nn.Sequential(nn.Linear(layer.in_features, layer.out_features))
+    base[0].weight, base[0].bias = (
+        nn.Parameter(layer.weight.detach().clone()),
+        nn.Parameter(layer.bias.detach().clone()),
+    )
+    config = peft.LoraConfig(r=layer.r, lora_alpha=layer.lora_alpha, target_modules=["0"], **kind)
+    model = peft.get_peft_model(base, config)
+    twin = model.base_model.model[0]
+    with torch.no_grad():
+        twin.lora_A["default"].weight.copy_(layer.lora_A)
+        twin.lora_B["default"].weight.copy_(layer.lora_B)
+    return model, twin
+
+
+def _trained_like(layer: LoRALinear) -> None:
+    """Factors away from their start, so that the product is not zero."""
+    with torch.no_grad():
+        layer.lora_A.normal_(std=0.3)
+        layer.lora_B.normal_(std=0.3)
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("r", [1, 4, 8])
+def test_rank_stabilised_scaling_equals_peft(variant: Callable[[str], Any], r: int) -> None:
+    layer = variant("rslora").RSLoRALinear(nn.Linear(24, 12), r=r, lora_alpha=16)
+    _trained_like(layer)
+    model, twin = _peft_twin(layer, use_rslora=True)
+    x = torch.randn(3, 5, 24)
+    ours, theirs = layer(x), model(x)
+    _close(ours, theirs)
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    _close(layer.lora_A.grad, twin.lora_A["default"].weight.grad)
+    _close(layer.lora_B.grad, twin.lora_B["default"].weight.grad)
+    model.merge_and_unload()
+    _close(layer.weight + layer.delta_weight(), twin.get_base_layer().weight)
+
+
+@pytest.mark.parametrize("r", [1, 4, 8])
+def test_dora_equals_peft(variant: Callable[[str], Any], r: int) -> None:
+    linear = nn.Linear(24, 12)
+    layer = variant("dora").DoRALinear(linear, r=r, lora_alpha=16)
+    x = torch.randn(3, 5, 24)
+    _close(layer(x), nn.functional.linear(x, linear.weight, linear.bias))  # fresh: the layer that it replaces
+    _trained_like(layer)
+    model, twin = _peft_twin(layer, use_dora=True)
+    with torch.no_grad():
+        layer.lora_magnitude.mul_(torch.rand(12) + 0.5)
+        twin.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude)
+    ours, theirs = layer(x), model(x)
+    _close(ours, theirs)
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    _close(layer.lora_A.grad, twin.lora_A["default"].weight.grad)
+    _close(layer.lora_B.grad, twin.lora_B["default"].weight.grad)
+    _close(layer.lora_magnitude.grad, twin.lora_magnitude_vector["default"].weight.grad)
+    model.merge_and_unload()
+    _close(layer.weight + layer.delta_weight(), twin.get_base_layer().weight)
+
+
+def _flags(model: Path, data: Path, out: Path) -> list[str]:
+    return (
+        f"--model_name_or_path {model} --dataset_name {data} --output_dir {out} --apply_lora --lora_r 4 --lora_alpha 8 "
+        "--do_train --do_eval --max_steps 3 --per_device_train_batch_size 8 --max_seq_length 32 --learning_rate 1e-2 "
+        "--report_to none --logging_steps 1 --save_strategy no --use_cpu --disable_tqdm True"
+    ).split()
+
+
+@pytest.mark.parametrize("name", ["rslora", "dora_glue"])
+def test_a_variant_runs_on_glue(
+    variant: Callable[[str], Any], name: str, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path
+) -> None:
+    own = ["--length_coef", "0.1"] if name == "dora_glue" else []
+    metrics = variant(name).main([*_flags(tiny_model_dir, mrpc_dir, tmp_path), *own])
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "finished" and run["method"] == name.removesuffix("_glue")
+    assert run["metrics"]["eval_accuracy"] == metrics["eval_accuracy"]
+    saved = load_file(tmp_path / "adapter.safetensors")
+    magnitudes = [key for key in saved if key.endswith("lora_magnitude")]
+    assert any(saved[key].any() for key in saved if key.endswith("lora_B"))
+    if own:
+        assert len(magnitudes) == len(run["parameters"]["modules"]) == 6
+        assert run["length_change"] > 0
+        logged = [entry for entry in run["history"] if "penalty" in entry]
+        assert logged and all(e["loss"] == pytest.approx(e["task_loss"] + 0.1 * e["penalty"]) for e in logged)
+    else:
+        assert not magnitudes
+
+
+def test_own_loop_trains_saves_and_merges(variant: Callable[[str], Any], tmp_path: Path) -> None:
+    own_loop = variant("own_loop")
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
+
+    model = network()
+    x = torch.randn(64, 12)
+    labels = x[:, :3].argmax(1)
+    before = nn.functional.cross_entropy(model(x), labels).item()
+    own_loop.train(model, [(x, labels)] * 60, str(tmp_path))
+    trained = model(x).detach()
+    assert nn.functional.cross_entropy(trained, labels).item() < 0.7 * before
+
+    again = network()  # the base, then the saved adapter
+    adapt(again, LoRALinear, ["all-linear"], r=4, lora_alpha=8)
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(again(x), trained)
+
+    own_loop.merge(model)
+    assert not any(layer.lora_B.any() for _, layer in adapted_layers(model))
+    torch.testing.assert_close(model(x), trained)

@@ -1,0 +1,39 @@
+"""DoRA on GLUE, with a penalty, a callback and a flag of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dora import DoRALinear
+from dora_length import LengthChange
+
+from loralib.adapt import adapt
+from loralib.glue import arguments, flow
+from loralib.trainer import LoRATrainer
+
+
+@dataclass
+class DoRAArguments(arguments.LoRAArguments):
+    """LoRA's flags and one more."""
+
+    length_coef: float = arguments.flag(0.0, "Weight of the penalty on rows whose length changes.")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Parse, load data and model, adapt, train, report. Returns the final metrics."""
+    classes = (arguments.ModelArguments, arguments.DataArguments, DoRAArguments, arguments.GlueTrainingArguments)
+    model_args, data_args, lora, training = arguments.parse(classes, argv, __doc__)
+    run = flow.start(training, model_args, data_args, lora)
+    data = flow.load_data(training, model_args, data_args)
+    model, tokenizer = flow.load_model(model_args, data.task)
+    adapted = adapt(model, DoRALinear, lora.modules, **lora.layer_settings)
+    adapter = flow.adapter_config("dora", lora, model_args, data.task, layer="dora")
+    change = LengthChange(model)
+    parts = flow.trainer_parts(run, data, tokenizer, data_args, model)
+    trainer = LoRATrainer(penalty=change, penalty_coef=lora.length_coef, adapter=adapter, **parts)
+    trainer.add_callback(change)
+    flow.announce(run, trainer, "dora", adapted)
+    return flow.finish(run, trainer, data, "dora")
+
+
+if __name__ == "__main__":
+    arguments.command(main)
