@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 
 class _LowRankProduct(torch.autograd.Function):
-    """y = x W^T + b + s ((z A^T) * d) B^T in one node, where z is x or a dropped-out copy of it.
+    """y = x W^T + b + s z (d A)^T B^T in one node, where z is x or a dropped-out copy of it.
 
     Plain autograd would spend a scaling, an addition and a full-size temporary on each of forward and backward; here
     the low-rank product is accumulated into the base product (`addmm` with alpha), and the same for the gradient of x.
-    Nothing is computed for an input that needs no gradient, the frozen weight above all.
+    Nothing is computed for an input that needs no gradient, the frozen weight above all. The diagonal d multiplies the
+    rows of A, (r, in), which is small, and never the activations.
     """
 
     @staticmethod
@@ -33,36 +34,36 @@ class _LowRankProduct(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:  # (n, out)
         y = x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-        u = (x if z is None else z).mm(lora_A.t())  # (n, r)
-        y.addmm_(u if diagonal is None else u * diagonal, lora_B.t(), alpha=scaling)
-        ctx.save_for_backward(x, z, weight, lora_A, lora_B, diagonal, u)
+        scaled_A = lora_A if diagonal is None else lora_A * diagonal.unsqueeze(1)
+        u = (x if z is None else z).mm(scaled_A.t())  # (n, r)
+        y.addmm_(u, lora_B.t(), alpha=scaling)
+        ctx.save_for_backward(x, z, weight, lora_A, lora_B, diagonal, scaled_A, u)
         ctx.scaling = scaling
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # g: (n, out)
-        x, z, weight, lora_A, lora_B, diagonal, u = ctx.saved_tensors
+        x, z, weight, lora_A, lora_B, diagonal, scaled_A, u = ctx.saved_tensors
         s = ctx.scaling
         need_x, need_z, need_weight, need_bias, need_A, need_B, need_diagonal, _ = ctx.needs_input_grad
         grad_x = grad_z = grad_weight = grad_bias = grad_A = grad_B = grad_diagonal = None
         # `addmm` with beta 0 ignores its first argument: a product and its scaling in one operation
         if need_B:
-            grad_B = torch.addmm(lora_B, g.t(), u if diagonal is None else u * diagonal, beta=0, alpha=s)
+            grad_B = torch.addmm(lora_B, g.t(), u, beta=0, alpha=s)
         if need_x or need_z or need_A or need_diagonal:
             v = g.mm(lora_B)  # (n, r)
-            if need_diagonal:  # d_i: sum over rows of v_i u_i, one dot product for each i
-                dot = torch.bmm(v.t().unsqueeze(1), u.t().unsqueeze(2))  # (r, 1, 1)
-                grad_diagonal = dot.view(-1) * s
-            if diagonal is not None:
-                v = v * diagonal
-            if need_A:
-                grad_A = torch.addmm(lora_A, v.t(), x if z is None else z, beta=0, alpha=s)
+            if need_A or need_diagonal:
+                grad_A = torch.addmm(lora_A, v.t(), x if z is None else z, beta=0, alpha=s)  # of d A so far
+            if need_diagonal:  # of d_i: the dot product of row i with row i of A
+                grad_diagonal = torch.bmm(grad_A.unsqueeze(1), lora_A.unsqueeze(2)).view(-1)
+            if diagonal is not None and grad_A is not None:
+                grad_A = grad_A * diagonal.unsqueeze(1)
             if need_z:
-                grad_z = torch.addmm(z, v, lora_A, beta=0, alpha=s)
+                grad_z = torch.addmm(z, v, scaled_A, beta=0, alpha=s)
             if need_x:
                 grad_x = g.mm(weight)
                 if z is None:
-                    grad_x.addmm_(v, lora_A, alpha=s)
+                    grad_x.addmm_(v, scaled_A, alpha=s)
         if need_weight:
             grad_weight = g.t().mm(x)
         if need_bias:
