@@ -51,7 +51,8 @@ def test_names_and_flags(tmp_path):
 
 
 def test_missing_folders_and_splits(tmp_path):
-    refused("does not exist", dataset_name=str(tmp_path / "nowhere"))
+    for nowhere in (str(tmp_path / "nowhere"), "~nobody-of-this-name/mrpc"):
+        refused(nowhere, "does not exist", dataset_name=nowhere)
     folder = folder_of(tmp_path / "mrpc", validation=GOOD)
     refused("'mrpc'", "no train, validation (dev) or test file", dataset_name=str(tmp_path))
     refused("do_train", "validation", dataset_name=folder)

@@ -181,7 +181,8 @@ def _find(
             "given: name the data once, as dataset_name or as files."
         )
     if given:
-        paths = {split: Path(file).expanduser() for split, file in given.items()}
+        # os.path: Path's own expanduser fails on the ~name of nobody
+        paths = {split: Path(os.path.expanduser(file)) for split, file in given.items()}
         for split, path in paths.items():
             if not os.path.isfile(path) or path.suffix.lower() not in SUFFIXES:
                 problem = "ends in none of them" if os.path.isfile(path) else "does not exist"
@@ -206,7 +207,7 @@ def _find(
 
 def _folder(dataset_name: str, config_name: str | None, task: Task | None) -> Path | None:
     """The local folder that dataset_name means, the task's subfolder where it has one; None for a name of the hub."""
-    path = Path(dataset_name).expanduser()
+    path = Path(os.path.expanduser(dataset_name))
     if not os.path.isdir(path):
         if os.path.isfile(path):
             raise InputError(f"dataset_name {dataset_name!r} is a file: give its folder, or use train_file, "
@@ -233,8 +234,12 @@ def _folder_splits(folder: Path, task: Task | None) -> Splits:
             saved = datasets.DatasetDict({str(saved.split or "train"): saved})
         return _in_memory(saved, task)
 
+    try:
+        entries = sorted([*folder.iterdir(), *(folder / "data").glob("*")])
+    except OSError as error:
+        raise InputError(f"{folder} could not be listed ({brief(error)}): make it readable.") from error
     found: dict[str, dict[str, list[Path]]] = {}  # split -> suffix -> files
-    for path in sorted([*folder.iterdir(), *(folder / "data").glob("*")]):
+    for path in entries:
         match = _SPLIT_FILE.fullmatch(path.stem)
         if match and path.suffix.lower() in SUFFIXES and path.is_file():
             found.setdefault(_hub_split(match[1]), {}).setdefault(path.suffix.lower(), []).append(path)
@@ -258,7 +263,7 @@ def _folder_splits(folder: Path, task: Task | None) -> Splits:
         if (folder / "msr_paraphrase_test.txt").is_file():
             splits["test"] = partial(read_msr_paraphrase, folder, task, "test")
     if not splits:
-        inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        inner = [path.name for path in entries if path.parent == folder and path.is_dir()]
         raise InputError(
             f"{folder} has no train, validation (dev) or test file of {', '.join(SUFFIXES)} and is no save_to_disk "
             f"folder: name the folder of one task{f', such as {inner[0]!r} in it' if inner else ''}."
