@@ -224,6 +224,8 @@ def _check_types(classes: Sequence[type], values: dict[str, Any]) -> None:
                 continue
             kinds = [t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None)]
             value = values[f.name]
+            if value is False and str in kinds and bool not in kinds:
+                value = values[f.name] = "no"  # what YAML makes of `save_strategy: no`
             try:
                 if kinds == [float] and isinstance(value, str | int) and not isinstance(value, bool):
                     values[f.name] = float(value)

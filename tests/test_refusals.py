@@ -1,0 +1,198 @@
+"""Bad input is refused before training, in one sentence with the value, the allowed range and the way out."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loralib.errors import InputError, RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def usual(tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path) -> dict[str, object]:
+    return {
+        "model_name_or_path": tiny_model_dir,
+        "dataset_name": mrpc_dir,
+        "apply_lora": True,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "do_train": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "max_seq_length": 32,
+        "output_dir": tmp_path / "out",
+        "disable_tqdm": True,
+    }
+
+
+def argv(flags: dict[str, object]) -> list[str]:
+    return [str(x) for name, value in flags.items() if value is not None for x in (f"--{name}", value)]
+
+
+ADALORA = {"lora_type": "svd", "apply_adalora": True, "target_rank": 2, "init_warmup": 0, "final_warmup": 1}
+SORA = {"train_sparse": True, "sparse_lambda_2": 0.1}
+RM = {"lora_type": "v1", "random_rank": 2}
+
+REFUSED = [
+    ("AdaLoRA", {"lora_type": "v1"}, "lora_type is 'v1', it must be frd or svd"),
+    ("RM-LoRA", RM | {"lora_type": "svd"}, "lora_type is 'svd', it must be v1 or v2"),
+    ("AdaLoRA", {"lora_r": 0}, "lora_r is 0, it must be 1 or more"),
+    ("AdaLoRA", {"lora_r": None}, "--apply_lora needs --lora_r"),
+    ("AdaLoRA", {"lora_alpha": None}, "--apply_lora needs --lora_alpha"),
+    ("AdaLoRA", {"lora_alpha": 0}, "lora_alpha is 0.0, it must be above 0"),
+    ("AdaLoRA", {"lora_dropout": 1.0}, "lora_dropout is 1.0, it must lie in 0 to 1"),
+    ("AdaLoRA", {"cls_dropout": -1}, "cls_dropout is -1.0"),
+    ("RM-LoRA", {"lora_type": "v1"}, "random_rank is None, it must lie in 1 to 4"),
+    ("RM-LoRA", RM | {"random_rank": 0}, "random_rank is 0, it must lie in 1 to 4"),
+    ("RM-LoRA", RM | {"random_rank": 5}, "random_rank is 5, it must lie in 1 to 4"),
+    ("RM-LoRA", RM | {"mask_resample": "batch"}, "invalid choice: 'batch'"),
+    ("AdaLoRA", ADALORA | {"target_rank": 4}, "target_rank is 4, it must lie in 1 to 3"),
+    ("AdaLoRA", ADALORA | {"target_rank": None}, "needs a budget"),
+    ("AdaLoRA", ADALORA | {"init_warmup": 2}, r"init_warmup 2 \+ final_warmup 1 must stay below the total of 3"),
+    ("AdaLoRA", ADALORA | {"init_warmup": -1}, "init_warmup is -1, it must be 0 or more"),
+    ("AdaLoRA", ADALORA | {"beta1": 1.0}, "beta1 is 1.0, it must lie between 0 and 1"),
+    ("AdaLoRA", ADALORA | {"beta2": 0.0}, "beta2 is 0.0, it must lie between 0 and 1"),
+    ("AdaLoRA", ADALORA | {"mask_interval": 0}, "mask_interval is 0, it must be 1 or more"),
+    ("AdaLoRA", ADALORA | {"lora_type": "frd"}, "--apply_adalora needs --apply_lora and --lora_type svd"),
+    ("AdaLoRA", {"reg_orth_coef": -0.1}, "reg_orth_coef is -0.1, it must be 0 or more"),
+    ("SoRA", SORA | {"sparse_lambda": -1}, "sparse_lambda is -1.0, it must be 0 or more"),
+    ("SoRA", SORA | {"sparse_lambda_2": -1}, "sparse_lambda_2 is -1.0, it must be 0 or more"),
+    ("SoRA", SORA | {"sparse_lr": 0}, "sparse_lr is 0.0, it must be above 0"),
+    ("SoRA", SORA | {"apply_lora": False}, "--train_sparse needs --apply_lora"),
+    ("AdaLoRA", {"lora_module": "querry"}, "lora_module 'querry' matches no linear layer .* choose from query, key"),
+    ("AdaLoRA", {"model_name_or_path": "/no/such/model"}, "model folder /no/such/model does not exist"),
+    ("AdaLoRA", {"model_name_or_path": "nobody/no-model"}, "no-model cannot be loaded .* may not have been reachable"),
+    ("AdaLoRA", {"dataset_name": "/no/such/data"}, "/no/such/data"),
+    ("AdaLoRA", {"dataset_name": None, "task_name": "mrpc"}, "not reachable"),
+    ("AdaLoRA", {"task_name": "mprc"}, "mprc.*mrpc"),
+    ("AdaLoRA", {"lora_path": "/no/such/adapter"}, "/no/such/adapter does not exist"),
+    ("AdaLoRA", {"lora_rr": 3}, "--lora_rr is not a flag of this program: did you mean --lora_r"),
+    ("AdaLoRA", {"lora_r": "four"}, "--lora_r.*: invalid int value: 'four'"),
+    ("AdaLoRA", {"eval_strategy": "sometimes"}, "'sometimes'"),
+    ("AdaLoRA", {"warmup_ratio": 1.5}, "warmup_ratio is 1.5"),
+    ("AdaLoRA", {"max_seq_length": 0}, "max_seq_length is 0"),
+    ("AdaLoRA", {"output_dir": None}, "--output_dir is missing"),
+    ("AdaLoRA", {"deepspeed": "x.json"}, "deepspeed"),
+]
+
+
+@pytest.mark.parametrize(("folder", "changes", "said"), REFUSED, ids=lambda v: str(v)[:40])
+def test_refused(folder: str, changes: dict, said: str, usual, entry_point, tmp_path) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        entry_point(folder).main(argv(usual | changes))
+    text = str(caught.value)
+    assert "\n" not in text and "Traceback" not in text
+    assert not list(tmp_path.glob("out/*")), "nothing is written for a run that does not start"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.yaml"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not valid"),
+        ("[1]", "must hold one mapping"),
+        ('{"lora_rr": 3}', "lora_rr is not a flag"),
+        ('{"lora_r": "four"}', "lora_r is 'four', it must be of type int"),
+        ('{"apply_lora": "yes"}', "apply_lora is 'yes', it must be of type bool"),
+        ('{"lora_r": 2.5}', "lora_r is 2.5, it must be of type int"),
+        ('{"attention": "slow"}', "attention is 'slow', it must be one of fast, stock"),
+        ("{}", "model_name_or_path"),
+    ],
+)
+def test_refused_in_a_file(name: str, text: str, said: str, entry_point, tmp_path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        entry_point("AdaLoRA").main([str(tmp_path / name)])
+
+
+def test_a_file_that_is_not_there(entry_point, tmp_path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        entry_point("AdaLoRA").main([str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "cut", "pickle", "folder"])
+def test_lora_path_that_does_not_fit(damage: str, usual, entry_point, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    main = entry_point("AdaLoRA").main
+    main(argv(usual | {"max_steps": 1, "save_strategy": "no"}))
+    file = tmp_path / "adapter.safetensors"
+    state = load_file(tmp_path / "out" / "adapter.safetensors")
+    key = next(k for k in state if k.endswith("lora_A"))
+    said = key.replace(".", r"\.")
+    if damage == "missing":
+        del state[key]
+    elif damage == "unknown":
+        state["somewhere.lora_A"] = torch.zeros(2)
+        said = r"somewhere\.lora_A"
+    elif damage == "shape":
+        state[key] = torch.zeros(2, 3)
+        said += r".*|\(2, 3\)"
+    save_file(state, file)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+        said = r"adapter\.safetensors"
+    elif damage == "pickle":
+        file = tmp_path / "adapter.bin"
+        marker = tmp_path / "executed"
+
+        class Evil:
+            def __reduce__(self):
+                return (os.mkdir, (str(marker),))
+
+        torch.save({"x": Evil()}, file)
+        said = r"adapter\.bin"
+    elif damage == "folder":
+        file = tmp_path / "empty"
+        file.mkdir()
+        said = "empty holds no adapter|empty"
+    with pytest.raises(InputError, match=said):
+        main(argv(usual | {"lora_path": file, "output_dir": tmp_path / "second"}))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_diverged_run_stops_with_its_step(usual, entry_point, tmp_path, monkeypatch) -> None:
+    """A loss that is not finite: noticed at the next log, no checkpoint from it, the last good one stays."""
+    from loralib import trainer
+
+    calls = {"n": 0}
+    real = trainer.task_loss
+
+    def poisoned(*args, **kwargs):
+        calls["n"] += 1
+        return real(*args, **kwargs) * (math.nan if calls["n"] == 4 else 1.0)
+
+    monkeypatch.setattr(trainer, "task_loss", poisoned)
+    flags = usual | {"max_steps": 10, "logging_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(RunError, match=r"at step 4 .*noticed at step 6.*checkpoint-3"):
+        entry_point("AdaLoRA").main(argv(flags))
+    assert [p.name for p in sorted((tmp_path / "out").glob("checkpoint-*"))] == ["checkpoint-3"]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "diverged"
+
+
+def run(*command: object, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | env)
+
+
+def test_command_line_prints_one_sentence_and_no_traceback(usual) -> None:
+    done = run(ROOT / "RM-LoRA" / "run_glue.py", *argv(usual | {"lora_type": "v1", "random_rank": 9}))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "run_glue.py: error: random_rank is 9, it must lie in 1 to 4 (lora_r)" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["AdaLoRA", "SoRA", "RM-LoRA"])
+def test_another_package_called_loralib_is_named(folder: str, tmp_path) -> None:
+    """Microsoft's package has the same import name."""
+    (tmp_path / "loralib").mkdir()
+    (tmp_path / "loralib" / "__init__.py").write_text("name = 'lora'\n")
+    done = run(ROOT / folder / "run_glue.py", "--help", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "another one (Microsoft's)" in done.stderr and "pip uninstall loralib" in done.stderr
