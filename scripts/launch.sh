@@ -1,0 +1,182 @@
+# Sourced by the task scripts (cola.sh, mnli.sh, ...), which name each method's settings; here is what they share.
+#
+#   bash scripts/TASK.sh METHOD [FLAGS...]
+#
+# METHOD: lora, lora-orth, adalora, sora, rm-lora-v1, rm-lora-v2, full; `all` runs these one after the other; or the path
+# of an entry point of your own, which gets the data, seed, batch and folder below and FLAGS, nothing else.
+# FLAGS override what the script says. From the environment:
+#   MODEL   folder or hub name of the model (default microsoft/deberta-v3-base)
+#   DATA    folder with the task's data, or with a folder a task; without it the data come from the hub
+#   OUTPUT  base folder (default output/ in the clone); the run is in OUTPUT/TASK/METHOD/seedSEED
+#   SEED    default 42
+#   PYTHON  interpreter; without it the active environment if the project is installed there, else the clone's .venv
+#   CUDA_VISIBLE_DEVICES  the GPUs to use, one process each (NPROC: another number of processes)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  several machines, as torchrun knows them
+#   DRY_RUN=1  print the command and stop
+#
+# The same command again goes on from the last checkpoint, or says that the run is finished.
+# shellcheck shell=bash
+set -euo pipefail
+# shellcheck source=scripts/setup_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" # root, die, setup_env
+
+here="$PWD"
+task="$(basename "${BASH_SOURCE[1]}" .sh)"
+methods=(lora lora-orth adalora sora rm-lora-v1 rm-lora-v2 full)
+
+# What every method of every task gets. Evaluation once an epoch; checkpoints at every 500th step, from which a run that
+# was cut off goes on.
+common=(--do_train --do_eval --eval_strategy epoch --logging_steps 50 --report_to tensorboard
+    --save_strategy steps --save_steps 500 --save_total_limit 2
+    --lora_module "query,key,value,intermediate,layer.output,attention.output") # AdaLoRA section 4: all of a layer
+
+# value_of NAME DEFAULT FLAGS...: what the last --NAME among FLAGS says (True for a bare one), else DEFAULT.
+value_of() {
+    local name="--$1" value="$2"
+    shift 2
+    while (($#)); do
+        case "$1" in
+        "$name"=*) value="${1#*=}" ;;
+        "$name") if [[ $# -gt 1 && "$2" != --* ]]; then value="$2"; else value=True; fi ;;
+        esac
+        shift
+    done
+    echo "$value"
+}
+
+# Processes on this machine: NPROC, else one for each visible GPU, at least one.
+processes() {
+    local -a ids=()
+    if [[ -n "${NPROC:-}" ]]; then
+        [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$NPROC', it must be a number of processes, 1 or more."
+        echo "$NPROC"
+        return
+    elif [[ "$(value_of use_cpu "$(value_of no_cuda False "$@")" "$@")" == [Tt]rue ]]; then
+        echo 1
+        return
+    elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        IFS=, read -ra ids <<<"$CUDA_VISIBLE_DEVICES"
+    elif command -v nvidia-smi >/dev/null; then
+        mapfile -t ids < <(nvidia-smi -L 2>/dev/null | grep '^GPU ' || true)
+    fi
+    echo "$((${#ids[@]} > 0 ? ${#ids[@]} : 1))"
+}
+
+# state FOLDER: new, resume, anew (what a run left that was cut off before its first checkpoint), finished, or other.
+state() {
+    local item status=other
+    if [[ ! -d "$1" || -z "$(ls -A "$1")" ]]; then
+        echo new
+        return
+    fi
+    # run.json is written whole or not at all; a file cut short by other means is no result
+    if tail -n 1 "$1/run.json" 2>/dev/null | grep -q '^}' && grep -q '^  "status": "finished"' "$1/run.json"; then
+        echo finished
+        return
+    fi
+    [[ -z "$(find "$1" -maxdepth 1 -name 'checkpoint-*' -type d)" ]] || status=resume
+    if [[ $status == other ]]; then
+        status=anew
+        for item in "$1"/* "$1"/.[!.]*; do
+            case "$(basename "$item")" in
+            runs | run.log | run.json | run.json.tmp | .lock | '*' | '.[!.]*') ;;
+            *) status=other ;; # not of a run: the entry point will refuse the folder
+            esac
+        done
+    fi
+    echo "$status"
+}
+
+run() { # METHOD FLAGS...
+    local method="$1" label="$1" share nodes="${NNODES:-1}" count accumulate output overwrite per_device
+    local entry batch=32
+    local -a flags=() own=() launcher=()
+    shift
+    if [[ -f "$here/$method" || ("$method" == /* && -f "$method") ]]; then # an entry point of one's own
+        entry="$method"
+        [[ "$method" == /* ]] || entry="$here/$method"
+        label="$(basename "$method" .py)"
+        [[ "$label" != run_glue ]] || label="$(basename "$(dirname "$entry")")"
+        common=(--do_train --do_eval)
+    else
+        [[ " ${methods[*]} " == *" $method "* ]] ||
+            die "'$method' is not a method of scripts/$task.sh: use one of ${methods[*]}, all, or the path of an entry point."
+        settings "$method"
+        entry="$root/$entry"
+    fi
+
+    count="$(processes "$@")"
+    share="$((count * nodes))"
+    accumulate="$(value_of gradient_accumulation_steps 1 "$@")"
+    if [[ -z "$(value_of per_device_train_batch_size "" "$@")" ]]; then
+        # the effective batch stays what the source says, and with it what step-based settings mean
+        ((batch % (share * accumulate) == 0)) ||
+            die "the batch of $batch that $task's $method is trained with does not divide by $share processes x" \
+                "$accumulate accumulated batches: choose GPUs (CUDA_VISIBLE_DEVICES) or --gradient_accumulation_steps" \
+                "that divide it, or set --per_device_train_batch_size, which changes the number of steps."
+        per_device="$((batch / share / accumulate))"
+        own+=(--per_device_train_batch_size "$per_device")
+    fi
+
+    output="$(value_of output_dir "${OUTPUT:-$root/output}/$task/$label/seed${SEED:-42}" "$@")"
+    own+=(--model_name_or_path "${MODEL:-microsoft/deberta-v3-base}" --task_name "$task"
+        --seed "${SEED:-42}" --output_dir "$output")
+    [[ -z "${DATA:-}" ]] || own+=(--dataset_name "$DATA")
+    overwrite="$(value_of overwrite_output_dir False "$@")"
+
+    if ((share > 1)); then
+        launcher=(-m torch.distributed.run --nproc_per_node "$count")
+        if ((nodes > 1)); then
+            [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] ||
+                die "NNODES is $nodes: set NODE_RANK (0 to $((nodes - 1))) and MASTER_ADDR (the first machine) too."
+            launcher+=(--nnodes "$nodes" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+                --master_port "${MASTER_PORT:-29500}")
+        else
+            launcher+=(--standalone)
+        fi
+    fi
+
+    if [[ "$overwrite" != [Tt]rue ]]; then
+        case "$(state "$output")" in
+        finished)
+            echo "$output holds a finished run: nothing to do (--overwrite_output_dir runs it anew)."
+            return
+            ;;
+        anew)
+            echo "$output holds a run that was cut off before its first checkpoint: it starts anew."
+            own+=(--overwrite_output_dir)
+            ;;
+        esac
+    fi
+
+    # later flags win
+    local -a call=(${launcher[@]+"${launcher[@]}"} "$entry" "${common[@]}" ${flags[@]+"${flags[@]}"} "${own[@]}" "$@")
+    if [[ "${DRY_RUN:-0}" != 0 ]]; then
+        printf '%q ' "${PYTHON:-python}" "${call[@]}"
+        echo
+        return
+    fi
+    if [[ -n "${PYTHON:-}" ]]; then
+        python="$PYTHON"
+    else
+        setup_env .venv "" constraints.txt
+    fi
+    exec "$python" "${call[@]}" # in place of this shell: signals reach the run itself
+}
+
+launch() {
+    local method
+    case "${1:-}" in
+    "" | -h | --help)
+        sed -n '2,/^# shellcheck/{s/^# \{0,1\}//;/^shellcheck/!p;}' "${BASH_SOURCE[0]}" | sed "s/TASK.sh/$task.sh/"
+        [[ -n "${1:-}" ]] || exit 2
+        ;;
+    all)
+        shift
+        for method in "${methods[@]}"; do
+            (run "$method" "$@")
+        done
+        ;;
+    *) run "$@" ;;
+    esac
+}
