@@ -183,10 +183,11 @@ class GateCallback(TrainerCallback):
 
     Args:
         trainer: the run's trainer.
+        threshold: `sparse_lambda_2` of the run, or of this stage of a schedule.
     """
 
-    def __init__(self, trainer: LoRATrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: LoRATrainer, threshold: float) -> None:
+        self.trainer, self.threshold = trainer, threshold
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
@@ -199,6 +200,7 @@ class GateCallback(TrainerCallback):
         )
 
     def summary(self) -> dict[str, Any]:
-        """Facts for run.json: non-zero gates of each matrix and the parameters that remain."""
+        """Facts for run.json: the threshold, non-zero gates of each matrix and the parameters that remain."""
         counts = parameters(self.trainer.model)
-        return {"gates": {n: m["rank"] for n, m in counts["modules"].items()}, "remaining": counts["remaining"]}
+        gates_left = {n: m["rank"] for n, m in counts["modules"].items()}
+        return {"lambda": self.threshold, "gates": gates_left, "remaining": counts["remaining"]}

@@ -127,7 +127,7 @@ def replay(path: Path, output_dir: str) -> dict[str, Any]:
     trainer = RecordingTrainer(model=model, args=args, train_dataset=rows, data_collator=default_data_collator, **parts)
     record = None
     if method == "sora":
-        trainer.add_callback(GateCallback(trainer))
+        trainer.add_callback(GateCallback(trainer, h["sparse_lambda_2"]))
     elif method == "adalora":
         names = ("target_rank", "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2")
         settings = {name: h[name] for name in names if name in h}

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from loralib.adapt import parameters
+from loralib.checkpoint import LOCK_FILE, last_checkpoint, lock, read_manifest, unlock
 from loralib.errors import InputError, RunError
 from loralib.export import load_trained, read_state
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
@@ -74,6 +75,11 @@ def start(
             f"--{name} is not supported: AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, which "
             f"{name} shards; train on several GPUs with torchrun instead."
         )
+    if training.auto_find_batch_size and training.world_size > 1:
+        raise InputError(
+            f"--auto_find_batch_size works in one process, here are {training.world_size}: one that runs out of memory "
+            "alone would leave the others waiting; set --per_device_train_batch_size."
+        )
     with training.main_process_first(desc="output folder"):
         checkpoint = prepare_output_dir(training)
     set_seed(training.seed)
@@ -84,7 +90,7 @@ def start(
 # ---- output folder ----
 
 RUN_NAMES = re.compile(
-    r"checkpoint-\d+|runs|run\.json|(all|train|eval|predict)\w*_results\w*\.json|predict_results_[\w-]+\.(txt|tsv)|"
+    r"checkpoint-\d+|stage-\d+|runs|run\.json|(all|train|eval|predict)\w*_results\w*\.json|predict_results_[\w-]+\.(txt|tsv)|"
     r"trainer_state\.json|training_args\.bin|adapter\.(safetensors|json)|model\.safetensors|config\.json|"
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|spm\.model|sentencepiece\.bpe\.model|"
     r"vocab\.(txt|json)|merges\.txt|glue_submission"
@@ -101,8 +107,8 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
         InputError: the folder holds something but no checkpoint, and --overwrite_output_dir is not given.
     """
     folder = Path(training.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file: name a folder.")
+    if training.process_index == 0:
+        lock(folder)
     if training.resume_from_checkpoint:
         if training.resume_from_checkpoint.lower() == "true":
             return _last_checkpoint(folder)
@@ -110,8 +116,9 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
             raise InputError(
                 f"resume_from_checkpoint {training.resume_from_checkpoint} is not a checkpoint: it lacks trainer_state.json."
             )
+        read_manifest(Path(training.resume_from_checkpoint))
         return training.resume_from_checkpoint
-    if not training.do_train or not folder.is_dir() or not any(folder.iterdir()):
+    if not training.do_train:
         return None
     if training.overwrite_output_dir:
         if training.should_save:
@@ -120,18 +127,26 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
                     logger.info("--overwrite_output_dir: removed %s of an earlier run", item)
         return None
+    # A run that was killed before its first checkpoint leaves these; whoever starts it again means to start it.
+    left = [p.name for p in folder.iterdir() if p.name not in (LOCK_FILE, "runs")]
+    if all(re.fullmatch(r"checkpoint-\d+|stage-\d+", name) for name in left) and last_checkpoint(folder) is None:
+        return None
+    if get_last_checkpoint(str(folder)) is None and any(
+        re.fullmatch(r"stage-\d+", item.name) for item in folder.iterdir()
+    ):
+        return None  # an earlier stage of a schedule was interrupted: it knows its own checkpoints
     return _last_checkpoint(folder)
 
 
 def _last_checkpoint(folder: Path) -> str:
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_checkpoint(folder)
     if last is None:
         raise InputError(
             f"output_dir {folder} is not empty and holds no checkpoint to resume from: name another folder, or give "
             "--overwrite_output_dir to remove what an earlier run left there."
         )
     logger.info("going on from %s; --overwrite_output_dir would start anew", last)
-    return last
+    return str(last)
 
 
 # ---- data ----
@@ -169,8 +184,14 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
     """
     name = os.path.expanduser(args.model_name_or_path)
     for value in (name, args.config_name, args.tokenizer_name):
-        if value and (value.startswith(("/", ".", "~")) or value.count("/") > 1) and not Path(value).expanduser().is_dir():
-            raise InputError(f"the model folder {value} does not exist: give an existing folder or a model's name on the hub.")
+        if (
+            value
+            and (value.startswith(("/", ".", "~")) or value.count("/") > 1)
+            and not Path(value).expanduser().is_dir()
+        ):
+            raise InputError(
+                f"the model folder {value} does not exist: give an existing folder or a model's name on the hub."
+            )
     common = {
         "cache_dir": args.cache_dir,
         "revision": args.model_revision,
@@ -187,7 +208,9 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         config = AutoConfig.from_pretrained(args.config_name or name, **labels, **common)
         if args.cls_dropout is not None:
             _set_cls_dropout(config, args.cls_dropout)
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or name, use_fast=args.use_fast_tokenizer, **common)
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.tokenizer_name or name, use_fast=args.use_fast_tokenizer, **common
+        )
         # float32 whatever the file holds: the hub's DeBERTa-v3 is stored in half precision (ledger G2)
         model = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **common
@@ -195,7 +218,11 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        where = "" if Path(name).is_dir() else " (no such folder here, so the hub was asked; it may not have been reachable)"
+        where = (
+            ""
+            if Path(name).is_dir()
+            else " (no such folder here, so the hub was asked; it may not have been reachable)"
+        )
         raise InputError(f"the model {name} cannot be loaded{where}: {' '.join(str(error).split())[:500]}") from error
     if tokenizer.pad_token is None:  # decoder models have none
         tokenizer.pad_token = tokenizer.eos_token
@@ -211,9 +238,13 @@ def _set_cls_dropout(config: Any, value: float) -> None:
     if not 0 <= value < 1:
         raise InputError(f"cls_dropout is {value}, it must lie in 0 to 1, below 1.")
     names = ("cls_dropout", "classifier_dropout", "seq_classif_dropout")
-    known = [n for n in names if hasattr(config, n)] or (["cls_dropout"] if config.model_type.startswith("deberta") else [])
+    known = [n for n in names if hasattr(config, n)] or (
+        ["cls_dropout"] if config.model_type.startswith("deberta") else []
+    )
     if not known:
-        raise InputError(f"cls_dropout {value} has no place in a model of type {config.model_type}: leave the flag out.")
+        raise InputError(
+            f"cls_dropout {value} has no place in a model of type {config.model_type}: leave the flag out."
+        )
     setattr(config, known[0], value)
 
 
@@ -265,7 +296,17 @@ def trainer_parts(
         "processing_class": tokenizer,
         "data_collator": collator,
         "compute_metrics": compute_metrics(data.task),
+        "settings": _settings(run, data.task),
     }
+
+
+def _settings(run: Run, task: Task) -> dict[str, Any]:
+    """Flags that decide the run's numbers: a checkpoint is only resumed with the same ones."""
+    model, data, lora, _ = run.arguments
+    own = {k: v for k, v in vars(lora).items() if k not in ("lora_path", "tb_writter_loginterval")}
+    own |= {k: getattr(data, k) for k in ("max_seq_length", "pad_to_max_length", "max_train_samples")}
+    # the folder may move, its name is what one recognises
+    return own | {"task": task.name, "model": Path(model.model_name_or_path).name, "cls_dropout": model.cls_dropout}
 
 
 def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *lines: str) -> None:
@@ -317,49 +358,60 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
     Returns:
         The final metrics.
     """
-    args = run.training
     metrics: dict[str, Any] = {}
-    status = "finished"
     try:
-        if args.do_train:
-            result = trainer.train(resume_from_checkpoint=run.checkpoint)
-            trainer.save_model()
-            trainer.save_state()
-            train_metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
-            trainer.log_metrics("train", train_metrics)
-            trainer.save_metrics("train", train_metrics)
-            metrics |= train_metrics
-        if args.do_eval:
-            evaluation: dict[str, Any] = {}
-            for name, split in data.evals.items():
-                values = trainer.evaluate(split) | {"eval_samples": len(split)}
-                trainer.log_metrics("eval", values)
-                evaluation |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values
-            trainer.save_metrics("eval", evaluation)
-            metrics |= evaluation
-        if args.do_predict:
-            for name, split in data.tests.items():
-                unlabelled = split.remove_columns("label") if "label" in split.column_names else split
-                labels = to_labels(trainer.predict(unlabelled, metric_key_prefix="predict").predictions, data.task)
-                if args.should_save:
-                    write_predictions(args.output_dir, name, labels, data.task)
-                    if run.submission is not None:
-                        write_submission(run.submission, name, labels, data.task)
-    except RunError:
-        status = "diverged"
+        _train_and_evaluate(run, trainer, data, metrics)
+        if run.training.should_save:
+            write_run(run, trainer, method, data.task.name, "finished", metrics)
+    except RunError as error:
+        if run.training.should_save:
+            with suppress(OSError):  # the disk may be full
+                write_run(run, trainer, method, data.task.name, error.status, metrics)
         raise
+    except OSError as error:
+        raise RunError(
+            f"output_dir {run.training.output_dir} could not be written to ({error}): see to its disk, and the same "
+            "command goes on from the last checkpoint."
+        ) from error
     finally:
-        if args.should_save and (status == "diverged" or sys.exc_info()[0] is None):
-            write_run(run, trainer, method, data.task.name, status, metrics)
+        unlock(run.training.output_dir)
     return metrics
 
 
-def write_run(
-    run: Run, trainer: LoRATrainer, method: str, task: str, status: str, metrics: dict[str, Any]
-) -> None:
+def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics: dict[str, Any]) -> None:
+    args = run.training
+    if args.do_train:
+        result = trainer.train(resume_from_checkpoint=run.checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        train_metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
+        trainer.log_metrics("train", train_metrics)
+        trainer.save_metrics("train", train_metrics)
+        metrics |= train_metrics
+    if args.do_eval:
+        evaluation: dict[str, Any] = {}
+        for name, split in data.evals.items():
+            values = trainer.evaluate(split) | {"eval_samples": len(split)}
+            trainer.log_metrics("eval", values)
+            evaluation |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values
+        trainer.save_metrics("eval", evaluation)
+        metrics |= evaluation
+    if args.do_predict:
+        for name, split in data.tests.items():
+            unlabelled = split.remove_columns("label") if "label" in split.column_names else split
+            labels = to_labels(trainer.predict(unlabelled, metric_key_prefix="predict").predictions, data.task)
+            if args.should_save:
+                write_predictions(args.output_dir, name, labels, data.task)
+                if run.submission is not None:
+                    write_submission(run.submission, name, labels, data.task)
+
+
+def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: str, metrics: dict[str, Any]) -> None:
     """Write `run.json` (see the report for what reads it)."""
     args = run.training
-    summary = {k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()}
+    summary = {
+        k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()
+    }
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     write_json(
         Path(args.output_dir) / RUN_FILE,
@@ -375,7 +427,7 @@ def write_run(
             "versions": versions(),
             "hardware": hardware(),
             "world_size": args.world_size,
-            "effective_batch": effective_batch(args),
+            "effective_batch": trainer.get_total_train_batch_size(args),
             "steps": trainer.state.global_step,
             "parameters": parameters(trainer.model),
             "metrics": metrics,

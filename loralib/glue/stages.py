@@ -1,0 +1,81 @@
+"""A run in several stages, each trained from where the last one ended: folders, skipping, and the curve over stages.
+
+Stage k but the last lives in `output_dir/stage-k` as a run of its own, with its checkpoints, results and `run.json`.
+The last stage is the run itself. Each stage has its own optimizer, warm-up and schedule, and shuffles by seed + k.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from loralib.export import load_adapter
+from loralib.glue.flow import Run, logger
+from loralib.glue.report import RUN_FILE, write_json
+from loralib.trainer import LoRATrainer
+
+
+def start_stage(run: Run, number: int, epochs: float | None) -> Run:
+    """The run of stage `number`, in its own folder, going on from its last checkpoint if there is one.
+
+    Args:
+        epochs: epochs of the stage; None: those of the run.
+    """
+    folder = Path(run.training.output_dir) / f"stage-{number}"
+    training = _with_epochs(run.training, number, epochs, output_dir=str(folder), do_predict=False, push_to_hub=False)
+    return dataclasses.replace(run, training=training, checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+
+def last_stage(run: Run, number: int, epochs: float | None) -> Run:
+    """The run of the last stage, in the folder of the whole."""
+    return dataclasses.replace(run, training=_with_epochs(run.training, number, epochs))
+
+
+def _with_epochs(training: Any, number: int, epochs: float | None, **changes: Any) -> Any:
+    if number > 0:
+        changes |= {"seed": training.seed + number, "num_train_epochs": epochs or training.num_train_epochs}
+        if epochs is not None:
+            changes["max_steps"] = -1
+    return dataclasses.replace(training, **changes)
+
+
+def take_finished_stage(run: Run, trainer: LoRATrainer) -> bool:
+    """Load the adapter of a stage that an earlier process finished; False where there is none."""
+    folder = Path(run.training.output_dir)
+    if not (folder / RUN_FILE).is_file() or _read(folder).get("status") != "finished":
+        return False
+    load_adapter(trainer.model, folder)
+    logger.info("%s is finished: going on from its result", folder)
+    return True
+
+
+def collect_stages(run: Run, earlier: list[int], keys: tuple[str, ...]) -> None:
+    """Put the curve over all stages into the run's `run.json` ("stages") and, where it is on, into TensorBoard.
+
+    Args:
+        earlier: numbers of the stages before the last.
+        keys: entries of each stage's `run.json` that the curve holds beside its metrics and steps.
+    """
+    if not run.training.should_save:
+        return
+    out = Path(run.training.output_dir)
+    whole = _read(out)
+    curve = []
+    for record in [*(_read(out / f"stage-{number}") for number in earlier), whole]:
+        metrics = {k: v for k, v in record["metrics"].items() if k.startswith("eval_")}
+        curve.append({**{k: record[k] for k in keys}, "metrics": metrics, "steps": record["steps"]})
+    write_json(out / RUN_FILE, whole | {"stages": curve})
+    if "tensorboard" in run.training.report_to:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(out / "runs" / "stages")) as writer:
+            for number, point in enumerate(curve):
+                for name, value in (point | point["metrics"]).items():
+                    if isinstance(value, int | float):
+                        writer.add_scalar(f"Stages/{name}", value, number)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
