@@ -228,13 +228,17 @@ class FastSelfAttention(DisentangledSelfAttention):
             rel_embeddings[span - length : span + length] if distance is None else rel_embeddings[: 2 * span]
         )
 
+        if torch.is_autocast_enabled(states.device.type):  # once, not in each of the projections
+            half = torch.get_autocast_dtype(states.device.type)
+            states, rows = states.to(half), rows.to(half)
+            asking = states if query_states is None else asking.to(half)
+
         pos_q = pos_k = None
         if self.share_att_key:  # hidden states and table in one call of each projection, and so of its adapter
             both = torch.cat([states, rows])
-            query = self._heads(self.query_proj(both if query_states is None else torch.cat([asking, rows])))
-            key = self._heads(self.key_proj(both))
-            query, pos_q = query.split([asking.shape[0], rows.shape[0]])
-            key, pos_k = key.split([states.shape[0], rows.shape[0]])
+            pair = both if query_states is None else torch.cat([asking, rows])
+            query, pos_q = self._heads(self.query_proj(pair)).split([asking.shape[0], rows.shape[0]])
+            key, pos_k = self._heads(self.key_proj(both)).split([states.shape[0], rows.shape[0]])
         else:
             query, key = self._heads(self.query_proj(asking)), self._heads(self.key_proj(states))
             pos_k = self._heads(self.pos_key_proj(rows)) if c2p else None
