@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""What ends a run with one sentence: a user's mistake, or a run that cannot go on."""
 
 
 class InputError(ValueError):
@@ -7,9 +7,27 @@ class InputError(ValueError):
     Entry points and scripts print the sentence and exit with status 2; a traceback is for this project's own mistakes.
     """
 
+    exit_status = 2
+
 
 class RunError(RuntimeError):
-    """A run that cannot go on (diverged, disk full): one sentence that says where, and what is left of it.
+    """A run that cannot go on (disk full, say): one sentence that says where, and what is left of it.
 
-    Entry points print the sentence and exit with status 3.
+    Entry points print the sentence and exit with `exit_status`; `status` is what `run.json` says.
     """
+
+    exit_status = 3
+    status = "failed"
+
+
+class RunDiverged(RunError):
+    """A loss or a gradient is not finite any more."""
+
+    status = "diverged"
+
+
+class RunInterrupted(RunError):
+    """SIGTERM came: the step was finished and a checkpoint written. 143 = 128 + 15, as a shell reports SIGTERM."""
+
+    exit_status = 143
+    status = "interrupted"

@@ -245,12 +245,12 @@ def _check_types(classes: Sequence[type], values: dict[str, Any]) -> None:
 
 
 def command(main: Callable[[], Any]) -> NoReturn:
-    """Run an entry point's `main`: a user's mistake ends as one sentence (status 2), a lost run as one (status 3)."""
+    """Run an entry point's `main`: what ends a run as one sentence has its own exit status (2, 3 or 143)."""
     status = 0
     try:
         main()
     except (InputError, RunError) as error:
-        status = 2 if isinstance(error, InputError) else 3
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        status = error.exit_status
+        if int(os.environ.get("RANK", 0)) == 0:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
     sys.exit(status)

@@ -114,7 +114,8 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
             return _last_checkpoint(folder)
         if not Path(training.resume_from_checkpoint, "trainer_state.json").is_file():
             raise InputError(
-                f"resume_from_checkpoint {training.resume_from_checkpoint} is not a checkpoint: it lacks trainer_state.json."
+                f"resume_from_checkpoint {training.resume_from_checkpoint} is not a checkpoint: it lacks "
+                "trainer_state.json."
             )
         read_manifest(Path(training.resume_from_checkpoint))
         return training.resume_from_checkpoint
@@ -127,14 +128,12 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
                     logger.info("--overwrite_output_dir: removed %s of an earlier run", item)
         return None
-    # A run that was killed before its first checkpoint leaves these; whoever starts it again means to start it.
-    left = [p.name for p in folder.iterdir() if p.name not in (LOCK_FILE, "runs")]
-    if all(re.fullmatch(r"checkpoint-\d+|stage-\d+", name) for name in left) and last_checkpoint(folder) is None:
+    left = [p.name for p in folder.iterdir() if p.name not in (LOCK_FILE, "runs")] if folder.is_dir() else []
+    # A run that was killed before its first checkpoint leaves no more than a half-written one; an interrupted schedule
+    # has stages, which know their own checkpoints.
+    unfinished = all(re.fullmatch(r"checkpoint-\d+", name) for name in left)
+    if (unfinished or any(re.fullmatch(r"stage-\d+", name) for name in left)) and last_checkpoint(folder) is None:
         return None
-    if get_last_checkpoint(str(folder)) is None and any(
-        re.fullmatch(r"stage-\d+", item.name) for item in folder.iterdir()
-    ):
-        return None  # an earlier stage of a schedule was interrupted: it knows its own checkpoints
     return _last_checkpoint(folder)
 
 
@@ -334,8 +333,8 @@ def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *l
         )
     if args.n_gpu > 1:
         logger.warning(
-            "one process drives %d GPUs (nn.DataParallel): the effective batch is %d, and step-based settings see fewer "
-            "steps; 'torchrun --nproc_per_node %d' is faster, CUDA_VISIBLE_DEVICES=0 keeps the batch of one GPU",
+            "one process drives %d GPUs (nn.DataParallel): the effective batch is %d, and step-based settings see "
+            "fewer steps; 'torchrun --nproc_per_node %d' is faster, CUDA_VISIBLE_DEVICES=0 keeps the batch of one GPU",
             args.n_gpu,
             effective_batch(args),
             args.n_gpu,
