@@ -62,7 +62,8 @@ processes() {
     echo "$((${#ids[@]} > 0 ? ${#ids[@]} : 1))"
 }
 
-# state FOLDER: new, resume, anew (what a run left that was cut off before its first checkpoint), finished, or other.
+# state FOLDER: new, logged (nothing but a sweep's log), anew (what a run left that was cut off before its first
+# checkpoint), resume, finished, or other.
 state() {
     local item status=other
     if [[ ! -d "$1" || -z "$(ls -A "$1")" ]]; then
@@ -76,11 +77,15 @@ state() {
     fi
     [[ -z "$(find "$1" -maxdepth 1 -name 'checkpoint-*' -type d)" ]] || status=resume
     if [[ $status == other ]]; then
-        status=anew
+        status=logged
         for item in "$1"/* "$1"/.[!.]*; do
             case "$(basename "$item")" in
-            runs | run.log | run.json | run.json.tmp | .lock | '*' | '.[!.]*') ;;
-            *) status=other ;; # not of a run: the entry point will refuse the folder
+            run.log | .lock | '*' | '.[!.]*') ;;
+            runs | run.json | run.json.tmp) status=anew ;;
+            *) # not of a run: the entry point will refuse the folder
+                status=other
+                break
+                ;;
             esac
         done
     fi
@@ -142,6 +147,7 @@ run() { # METHOD FLAGS...
             echo "$output holds a finished run: nothing to do (--overwrite_output_dir runs it anew)."
             return
             ;;
+        logged) own+=(--overwrite_output_dir) ;;
         anew)
             echo "$output holds a run that was cut off before its first checkpoint: it starts anew."
             own+=(--overwrite_output_dir)
