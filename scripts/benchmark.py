@@ -216,10 +216,11 @@ def make_batch(o: argparse.Namespace) -> dict[str, Tensor]:
 
 
 class Clock:
-    """Seconds of the parts of one step: events on a GPU, read after the step, else the wall clock."""
+    """Seconds of the parts of one step: events on a GPU, read after the step, else wall clock or processor time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.gpu = device.type == "cuda"
+    def __init__(self, o: argparse.Namespace) -> None:
+        self.gpu = o.device.type == "cuda"
+        self.now = time.process_time if o.cpu_time else time.perf_counter
         self.marks: list[tuple[str, Any]] = []
 
     def __call__(self, part: str) -> None:
@@ -227,7 +228,7 @@ class Clock:
             now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
-            now = time.perf_counter()
+            now = self.now()
         self.marks.append((part, now))
 
     def seconds(self) -> dict[str, float]:
@@ -254,7 +255,7 @@ def measure(o: argparse.Namespace) -> dict[str, Any]:
     runs: list[list[dict[str, float]]] = [[] for _ in contestants]
     for _ in range(o.repeats):
         for contestant, batch, run in zip(contestants, batches, runs, strict=True):
-            clock = Clock(o.device)
+            clock = Clock(o)
             contestant.step(batch, clock)
             run.append(clock.seconds())
     named: dict[str, dict[str, Any]] = {}
@@ -330,7 +331,7 @@ def matmul_rate(o: argparse.Namespace) -> float:
     w = torch.randn(hidden, intermediate, device=o.device, dtype=dtype)
     seconds = []
     for _ in range(8):
-        clock = Clock(o.device)
+        clock = Clock(o)
         clock("start")
         for _ in range(4):
             x.mm(w)
@@ -448,6 +449,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=10, help="timed steps of each contestant")
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor seconds of all threads, not wall clock: for a busy machine"
+    )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--compile_mode", default="default", help="mode of torch.compile, for example reduce-overhead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,9 +1,9 @@
 """ATen operations of one training step, counted exactly: on a GPU each is about one kernel launch.
 
-The model has the shape that the numbers of other implementations were taken on: DeBERTa-v3 with twelve layers and twelve
-heads (tiny widths), six adapted modules, rank 16, dropout 0.1, a batch of 2 x 32 on the CPU. Counted is what the real
-trainer runs between the start of a step and its end: forward, penalty, backward, clipping, the method's own part. The
-main optimizer's arithmetic is left out (a fused AdamW is a few kernels); SoRA's threshold is counted.
+The model has the shape that the numbers of other implementations were taken on: DeBERTa-v3 with twelve layers and
+twelve heads (tiny widths), six adapted modules, rank 16, dropout 0.1, a batch of 2 x 32 on the CPU. Counted is what the
+real trainer runs between the start of a step and its end: forward, penalty, backward, clipping, the method's own part.
+The main optimizer's arithmetic is left out (a fused AdamW is a few kernels); SoRA's threshold is counted.
 """
 
 from collections import Counter
