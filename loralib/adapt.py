@@ -19,6 +19,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "layer.output": (r"\d+\.output\.dense", r"ffn\.lin2", r"mlp\.Wo", r"mlp\.down_proj"),
 }
 ALL_LINEAR = "all-linear"
+FUSED = ("Wqkv", "in_proj", "qkv_proj", "query_key_value", "c_attn")  # query, key and value as one layer
 
 
 def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -29,7 +30,7 @@ def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _is_head(name: str, prefix: str) -> bool:
     """The head is what lies outside the backbone, and a pooler that lies inside it (ledger L1)."""
-    return bool(prefix) and (not name.startswith(f"{prefix}.") or name.startswith(f"{prefix}.pooler."))
+    return bool(prefix) and (not name.startswith(f"{prefix}.") or f"{name}.".startswith(f"{prefix}.pooler."))
 
 
 def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
@@ -53,9 +54,14 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
             found = {n for n in linears if any(re.search(rf"(?:^|\.){p}$", n) for p in patterns)}
         if not found:
             suffixes = sorted({re.sub(r"^.*\.\d+\.", "", n) for n in linears})
-            roles = [role for role, ps in ROLES.items() if any(re.search(rf"(?:^|\.){p}$", n) for p in ps for n in linears)]
+            roles = [
+                role for role, ps in ROLES.items() if any(re.search(rf"(?:^|\.){p}$", n) for p in ps for n in linears)
+            ]
+            fused = [s for s in suffixes if s.rpartition(".")[2] in FUSED]
+            one = fused and wanted in ("query", "key", "value")
+            instead = f" (query, key and value are one layer there, {fused[0]})" if one else ""
             raise InputError(
-                f"lora_module {wanted!r} matches no linear layer of {type(model).__name__}: choose from "
+                f"lora_module {wanted!r} matches no linear layer of {type(model).__name__}{instead}: choose from "
                 f"{', '.join([*roles, ALL_LINEAR])}, or from its layers {', '.join(suffixes)}."
             )
         chosen |= found
@@ -76,12 +82,23 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
 
     Returns:
         The names of the adapted modules.
+
+    Raises:
+        InputError: a name matches nothing, or the model is adapted already.
     """
+    if (first := next(adapted_layers(model), None)) is not None:
+        raise InputError(f"the model is adapted already ({first[0]}): adapt a freshly loaded one.")
     names = match_modules(model, modules)
+    places: dict[int, list[str]] = {}  # a model may hold one layer in several places
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
     for name in names:
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, child, layer(getattr(owner, child), **settings))
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        adapted = layer(linear, **settings)
+        for place in places[id(linear)]:
+            parent, _, child = place.rpartition(".")
+            setattr(model.get_submodule(parent), child, adapted)
     mark_trainable(model)
     return names
 
@@ -121,19 +138,24 @@ def parameters(model: nn.Module) -> dict[str, Any]:
     """Exact parameter counts (ledger D3).
 
     Returns:
-        total, trainable (lora + head), lora, head: counts of elements; remaining: elements of the low-rank factors
-        that are left when triplets or gates of value 0 are removed and the others folded into the factors, which is
-        rank (in + out) for each matrix and what an exported adapter holds; modules: for each adapted matrix its
-        trainable elements, rank and remaining elements.
+        total, trainable (lora + head), lora, head: counts of elements, a shared parameter counted once; remaining:
+        elements of the low-rank factors that are left when triplets or gates of value 0 are removed and the others
+        folded into the factors, which is rank (in + out) for each matrix and what an exported adapter holds; modules:
+        for each adapted matrix its trainable elements, rank and remaining elements (a parameter that several matrices
+        share counts for the first).
     """
     prefix, _ = backbone_of(model)
     named = list(model.named_parameters())
     lora = sum(p.numel() for n, p in named if is_lora(n))
     trainable = sum(p.numel() for _, p in named if p.requires_grad)
     remaining_ranks = ranks(model)
+    own: dict[str, int] = {}
+    for name, p in named:
+        if is_lora(name):
+            own[name.rpartition(".")[0]] = own.get(name.rpartition(".")[0], 0) + p.numel()
     modules = {
         name: {
-            "trainable": sum(p.numel() for n, p in layer.named_parameters() if is_lora(n)),
+            "trainable": own.get(name, 0),
             "rank": remaining_ranks[name],
             "remaining": remaining_ranks[name] * (layer.in_features + layer.out_features),
         }
