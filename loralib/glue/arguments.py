@@ -81,10 +81,14 @@ class LoRAArguments:
         "suffixes of module names, separated by commas; 'all-linear' means every linear layer of the backbone.",
     )
     lora_dropout: float = flag(0.0, "Dropout on the input of the low-rank path.")
-    lora_path: str | None = flag(None, "Adapter to start from (file or folder).")
+    lora_path: str | None = flag(
+        None, "Adapter to start from: folder of a run, PEFT LoRA folder, or state dict of the released code."
+    )
 
     def __post_init__(self) -> None:
         if not self.apply_lora:
+            if self.lora_path:
+                raise InputError("--lora_path needs --apply_lora: an adapter is loaded into low-rank factors.")
             return
         for name in ("lora_r", "lora_alpha"):
             if getattr(self, name) is None:

@@ -30,7 +30,7 @@ from transformers import (
 from loralib.adapt import parameters
 from loralib.checkpoint import LOCK_FILE, last_checkpoint, lock, read_manifest, unlock
 from loralib.errors import InputError, RunError
-from loralib.export import load_trained, read_state
+from loralib.export import load_lora
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
 from loralib.glue.data import GlueData, load, tokenize
 from loralib.glue.metrics import compute_metrics, to_labels
@@ -248,13 +248,16 @@ def _set_cls_dropout(config: Any, value: float) -> None:
 
 
 def load_lora_path(model: nn.Module, path: str) -> None:
-    """Start from the adapter of `--lora_path`; a head that is missing there or differs stays fresh, which is said."""
-    kept = load_trained(model, read_state(path), f"lora_path {path}", head_may_differ=True)
-    logger.info("loaded the adapter %s%s", path, f"; fresh head: {', '.join(kept)}" if kept else "")
+    """Start from the adapter of `--lora_path`; what was not simply copied (a differing head, say) is logged."""
+    lines = load_lora(model, path)
+    logger.info("loaded the adapter %s", path)
+    for line in lines:
+        logger.warning("the adapter %s: %s", path, line)
 
 
 def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task: Task, layer: str) -> dict[str, Any]:
     """Facts that `adapter.json` keeps beside the weights."""
+    base = os.path.expanduser(model.model_name_or_path)
     return {
         "method": method,
         "layer": layer,
@@ -262,8 +265,8 @@ def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
         "lora_module": lora.lora_module,
-        "base_model": model.model_name_or_path,
-        "base_model_revision": model.model_revision,
+        "base_model": os.path.abspath(base) if Path(base).is_dir() else base,
+        "base_model_revision": None if Path(base).is_dir() else model.model_revision,
         "task": task.name,
         "label_names": task.label_names,
         "versions": versions(),
