@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from loralib.adapt import adapt, adapted_layers
+from loralib.errors import InputError
 from loralib.export import load_adapter
 from loralib.layers import LoRALinear
+from loralib.trainer import LoRATrainer
 
 VARIANTS = Path(__file__).parent / "variants"
 
@@ -128,8 +131,6 @@ def test_a_variant_runs_on_glue(
 
 
 def test_own_loop_trains_saves_and_merges(variant: Callable[[str], Any], tmp_path: Path) -> None:
-    own_loop = variant("own_loop")
-
     def network() -> nn.Sequential:
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
@@ -138,15 +139,48 @@ def test_own_loop_trains_saves_and_merges(variant: Callable[[str], Any], tmp_pat
     x = torch.randn(64, 12)
     labels = x[:, :3].argmax(1)
     before = nn.functional.cross_entropy(model(x), labels).item()
-    own_loop.train(model, [(x, labels)] * 60, str(tmp_path))
-    trained = model(x).detach()
-    assert nn.functional.cross_entropy(trained, labels).item() < 0.7 * before
+    variant("own_loop").train(model, [(x, labels)] * 60, str(tmp_path))
+    assert nn.functional.cross_entropy(model(x), labels).item() < 0.7 * before
+    assert not list(adapted_layers(model)) and model.state_dict().keys() == network().state_dict().keys()
 
     again = network()  # the base, then the saved adapter
     adapt(again, LoRALinear, ["all-linear"], r=4, lora_alpha=8)
     load_adapter(again, tmp_path)
-    torch.testing.assert_close(again(x), trained)
+    torch.testing.assert_close(again(x), model(x))
 
-    own_loop.merge(model)
-    assert not any(layer.lora_B.any() for _, layer in adapted_layers(model))
-    torch.testing.assert_close(model(x), trained)
+
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def test_variants_are_exported(
+    variant: Callable[[str], Any], tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rsLoRA to PEFT, DoRA (whose update is no product of two factors) merged: the logits of the trained model."""
+    import export_adapter
+
+    trained = {}
+    train = LoRATrainer.train
+
+    def watched(self: LoRATrainer, *args: Any, **kwargs: Any) -> Any:
+        trained["model"] = self.model
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoRATrainer, "train", watched)
+    ids = torch.randint(5, 50, (4, 12))
+    for name in ("rslora", "dora_glue"):
+        run = tmp_path / name
+        variant(name).main(_flags(tiny_model_dir, mrpc_dir, run))
+        expected = _logits(trained["model"], ids)
+        if name == "rslora":
+            out = export_adapter.main([str(run), "--to", "peft"])
+            base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, dtype=torch.float32, num_labels=2)
+            got = peft.PeftModel.from_pretrained(base, out)
+        else:
+            with pytest.raises(InputError, match="--to merged --layer"):
+                export_adapter.main([str(run), "--to", "peft"])
+            layer = f"{VARIANTS / 'dora.py'}:DoRALinear"
+            out = export_adapter.main([str(run), "--to", "merged", "--layer", layer])
+            got = AutoModelForSequenceClassification.from_pretrained(out)
+        _close(_logits(got, ids), expected)

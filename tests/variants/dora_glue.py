@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Parse, load data and model, adapt, train, report. Returns the final metrics."""
     classes = (arguments.ModelArguments, arguments.DataArguments, DoRAArguments, arguments.GlueTrainingArguments)
     model_args, data_args, lora, training = arguments.parse(classes, argv, __doc__)
-    run = flow.start(training, model_args, data_args, lora)
+    run = flow.start(training, model_args, data_args, lora, argv)
     data = flow.load_data(training, model_args, data_args)
     model, tokenizer = flow.load_model(model_args, data.task)
     adapted = adapt(model, DoRALinear, lora.modules, **lora.layer_settings)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralib.adapt import adapt, adapted_layers
-from loralib.export import save_adapter
+from loralib.adapt import adapt
+from loralib.export import merge, save_adapter
 from loralib.layers import LoRALinear
 
 
@@ -22,11 +22,4 @@ def train(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], folder: st
         optimizer.step()
         optimizer.zero_grad()
     save_adapter(model, folder, {"method": "lora", "lora_r": 4, "lora_alpha": 8})
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Add each update to its weight; the factors start afresh, so the model's outputs stay."""
-    for _, layer in adapted_layers(model):
-        layer.weight += layer.delta_weight()
-        layer.reset_lora_parameters()
+    merge(model)  # a plain model again, with other weights

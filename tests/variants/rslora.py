@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse, load data and model, adapt, train, report. Returns the final metrics."""
     classes = (ModelArguments, DataArguments, LoRAArguments, GlueTrainingArguments)
     model_args, data_args, lora, training = parse(classes, argv, __doc__)
-    run = flow.start(training, model_args, data_args, lora)
+    run = flow.start(training, model_args, data_args, lora, argv)
     data = flow.load_data(training, model_args, data_args)
     model, tokenizer = flow.load_model(model_args, data.task)
     adapted = adapt(model, RSLoRALinear, lora.modules, **lora.layer_settings)
