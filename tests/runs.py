@@ -1,0 +1,265 @@
+"""A tiny run of every method without command line or data files, and processes to run and to kill.
+
+What the tests of resuming, processes, precision and faults share. Processes are forked from a server that has imported
+everything and computed nothing, so that one costs milliseconds in place of the ten seconds of an import.
+"""
+
+import gc
+import importlib.util
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from loralib.adapt import adapt, factors
+from loralib.allocator import AllocatorCallback, RankAllocator
+from loralib.glue.arguments import GlueTrainingArguments, command
+from loralib.layers import GatedLinear, LoRALinear, SVDLinear
+from loralib.masking import MaskCallback, RandomMask
+from loralib.regularizer import frd_penalty, svd_penalty
+from loralib.sparse import GateCallback, gate_l1, gates, sora_optimizer
+from loralib.trainer import LoRATrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("lora", "lora-orth", "svd-lora", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full")
+SIX = ["query", "key", "value", "intermediate", "layer.output", "attention.output"]
+
+gc.collect()
+gc.freeze()  # the stock Trainer collects garbage at each start, which looks at every object of the imported libraries
+
+
+class Padder:
+    """Stands for a tokenizer where a batch is padded."""
+
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(f["input_ids"]) for f in features)
+        ids = [f["input_ids"] + [0] * (longest - len(f["input_ids"])) for f in features]
+        batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(ids).ne(0).long()}
+        return batch | {"labels": torch.tensor([f["labels"] for f in features])}
+
+
+def rows(count: int, fixed_length: int | None = None) -> list[dict[str, Any]]:
+    """Token ids of different lengths; the label tells whether token 5 is among them. Every row is unlike the others."""
+    draw = random.Random(7)
+    found: list[dict[str, Any]] = []
+    for number in range(count):
+        ids = [draw.randrange(4, 40) for _ in range((fixed_length or draw.randrange(5, 16)) - 2)] + [
+            40 + number % 50,
+            2,
+        ]
+        found.append({"input_ids": ids, "labels": int(5 in ids)})
+    return found
+
+
+def arguments(folder: Path | str, **changes: Any) -> GlueTrainingArguments:
+    """Training arguments on the CPU; `changes` win."""
+    usual = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 0.01,
+        "weight_decay": 0.01,
+        "warmup_steps": 2,
+        "logging_steps": 3,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "seed": 3,
+    }
+    return GlueTrainingArguments(**(usual | changes))
+
+
+def trainer(
+    method: str,
+    args: GlueTrainingArguments,
+    train: Any,
+    evaluation: Any = None,
+    *,
+    lora_r: int = 4,
+    dropout: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+    resample: str = "step",
+    modules: list[str] | None = None,
+    compute_metrics: Callable[..., dict[str, float]] | None = None,
+) -> LoRATrainer:
+    """A fresh trainer of a fresh model; the same arguments give the same one."""
+    transformers_logging.set_verbosity_error()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    config = DebertaV2Config(
+        vocab_size=100,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pooler_dropout=dropout,
+    )
+    model = DebertaV2ForSequenceClassification(config).to(dtype)
+    layer = {"svd-lora": SVDLinear, "adalora": SVDLinear, "sora": GatedLinear}.get(method, LoRALinear)
+    parts: dict[str, Any] = {}
+    if method != "full":
+        adapt(model, layer, modules or SIX, r=lora_r, lora_alpha=8, lora_dropout=dropout)
+        parts["adapter"] = {"method": method, "layer": layer.__name__, "lora_r": lora_r, "lora_alpha": 8}
+        parts["settings"] = {"lora_r": lora_r, "mask_resample": resample}
+    if method == "sora":
+        parts["make_optimizer"] = partial(sora_optimizer, sparse_lr=None, sparse_lambda_2=0.02, as_released=False)
+        parts |= {"penalty": partial(gate_l1, gates(model)), "penalty_coef": 0.1}
+    elif method not in ("lora", "full"):
+        penalty = frd_penalty if method == "lora-orth" else svd_penalty
+        parts |= {"penalty": partial(penalty, *factors(model)), "penalty_coef": 0.1}
+    run = LoRATrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=Padder(),
+        compute_metrics=compute_metrics,
+        **parts,
+    )
+    if method == "adalora":
+        total = run.total_steps()
+        allocator = RankAllocator(
+            model, target_rank=2, init_warmup=total // 4, final_warmup=total // 4, mask_interval=1, total_step=total
+        )
+        run.method_state["allocator"] = allocator
+        run.add_callback(AllocatorCallback(run, allocator, interval=10**9))
+    elif method == "sora":
+        run.add_callback(GateCallback(run, threshold=0.02))
+    elif method.startswith("rm-lora"):
+        run.add_callback(MaskCallback(run, RandomMask(model, 2, method[-2:], args.seed), resample))
+    quiet = [c for c in run.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
+    run.callback_handler.callbacks = quiet
+    return run
+
+
+def result(run: LoRATrainer) -> dict[str, Any]:
+    """All that a run ends with and that does not hang on the clock: parameters, buffers and logs."""
+    clock = ("_runtime", "_per_second")
+    return {
+        "state": {k: v.clone() for k, v in run.model.state_dict().items()},
+        "history": [{k: v for k, v in log.items() if not k.endswith(clock)} for log in run.state.log_history],
+    }
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Names of tensors that are not bitwise the same, and log entries that differ."""
+    found = [k for k in a["state"].keys() | b["state"].keys() if not torch.equal(a["state"][k], b["state"][k])]
+    if a["history"] != b["history"]:
+        found += [f"{x} / {y}" for x, y in zip(a["history"], b["history"], strict=False) if x != y] or [
+            "number of logs"
+        ]
+    return found
+
+
+# ---- processes ----
+
+
+def start(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
+    """A process that runs `target`, a function of a module of tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs"])
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for the server, which is started with the first process
+    try:
+        process = context.Process(target=target, args=arguments)
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return process
+
+
+def finished(process: multiprocessing.process.BaseProcess, seconds: float = 120) -> int | None:
+    """Exit status of a process; it is killed, and None returned, when it takes longer than `seconds`."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def entry_module(folder: str) -> ModuleType:
+    """The module of an entry point, by its folder."""
+    spec = importlib.util.spec_from_file_location(f"run_{folder.replace('-', '_')}", ROOT / folder / "run_glue.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def enter(folder: str, argv: list[str], log: str, die_at: int = 0, count_to: str | None = None) -> None:
+    """Run an entry point as `python FOLDER/run_glue.py ARGV` does, with what it prints in `log`.
+
+    Args:
+        die_at: kill this process at the n-th operation on a file of a checkpoint, a half-written file included.
+        count_to: a file that gets the number of such operations.
+    """
+    torch.set_num_threads(1)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    done = 0
+
+    def happened(path: Any, cut: bool = False) -> None:
+        nonlocal done
+        if "checkpoint-" not in str(path):
+            return
+        done += 1
+        if done == die_at:
+            if cut:
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audited(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+            happened(arguments[0])
+        elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+            happened(arguments[0])
+
+    def then(write: Callable[..., Any], position: int) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            value = write(*args, **kwargs)
+            happened(args[position], cut=True)
+            return value
+
+        return wrapped
+
+    if die_at or count_to:
+        sys.addaudithook(audited)
+        torch.save = then(torch.save, 1)  # writes outside of Python
+    sys.argv = [f"{folder}/run_glue.py", *argv]
+
+    def main() -> None:
+        entry_module(folder).main()
+        if count_to:
+            Path(count_to).write_text(str(done))
+
+    command(main)

@@ -1,0 +1,357 @@
+"""A run that was stopped, however it was stopped, ends as the run that was not: bitwise, or it says why it cannot."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from loralib.checkpoint import MANIFEST, last_checkpoint, read_manifest
+from loralib.errors import InputError, RunInterrupted
+
+# Three steps an epoch: 22 rows in batches of 4, the last of 2, accumulated by twos. Eight steps end within the third.
+STEPS = {"num_train_epochs": 3.0, "max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 1}
+TRAIN, EVALUATION = runs.rows(22), runs.rows(9)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "evaluation per epoch": {"eval_strategy": "epoch"},
+    "length grouping": {"train_sampling_strategy": "group_by_length", "logging_strategy": "epoch"},
+    "evaluation per step": {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_on_start": True,
+        "logging_first_step": True,
+    },
+}
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def make(method: str, folder: Path, **changes: Any) -> Any:
+    mine = {k: changes.pop(k) for k in ("lora_r", "resample", "modules") if k in changes}
+    args = runs.arguments(folder, **(STEPS | changes))
+    return runs.trainer(method, args, TRAIN, EVALUATION, compute_metrics=accuracy, **mine)
+
+
+def check_resumes(method: str, folder: Path, points: list[int], **changes: Any) -> None:
+    straight = make(method, folder / "straight", **changes)
+    straight.train()
+    expected = runs.result(straight)
+    assert any("loss" in log for log in expected["history"])
+    for step in points:
+        resumed = make(method, folder / "resumed", **(changes | {"save_strategy": "no"}))
+        resumed.train(str(folder / "straight" / f"checkpoint-{step}"))
+        assert runs.differences(expected, runs.result(resumed)) == [], f"resumed at step {step}"
+
+
+# 2: within an epoch, between two logs; 3: the last step of an epoch, before its evaluation; 6: and of AdaLoRA's final
+# phase; 8: nothing is left to train, in the middle of an epoch.
+@pytest.mark.parametrize("method", runs.METHODS)
+def test_a_resumed_run_equals_the_straight_one(method: str, tmp_path: Path) -> None:
+    check_resumes(method, tmp_path, [2, 3, 6, 8], eval_strategy="epoch")
+
+
+@pytest.mark.parametrize("setting", ["length grouping", "evaluation per step"])
+def test_and_with_other_samplers_and_strategies(setting: str, tmp_path: Path) -> None:
+    check_resumes("rm-lora-v2", tmp_path, [4, 6, 7], resample="epoch", **SETTINGS[setting])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("method", runs.METHODS)
+def test_from_every_step_in_every_setting(method: str, setting: str, tmp_path: Path) -> None:
+    for resample in ("step", "epoch") if method.startswith("rm-lora") else ("step",):
+        check_resumes(method, tmp_path / resample, list(range(1, 9)), resample=resample, **SETTINGS[setting])
+
+
+def test_penalty_and_train_loss_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    """The sums behind the logs, checked against a run that logs every step."""
+    every = make("svd-lora", tmp_path / "every", logging_steps=1)
+    every.train()
+    steps = [log for log in every.state.log_history if "loss" in log]
+    make("svd-lora", tmp_path / "a", logging_steps=4).train()
+    resumed = make("svd-lora", tmp_path / "b", logging_steps=4)
+    resumed.train(str(tmp_path / "a" / "checkpoint-3"))
+    log = next(log for log in resumed.state.log_history if log.get("step") == 4)
+    for name in ("penalty", "loss", "task_loss"):
+        assert log[name] == pytest.approx(sum(s[name] for s in steps[:4]) / 4, rel=1e-5)
+    train_loss = resumed.state.log_history[-1]["train_loss"]
+    assert train_loss == pytest.approx(sum(s["loss"] for s in steps) / 8, rel=1e-5)
+
+
+def test_early_stopping_stays_stopped(tmp_path: Path) -> None:
+    """The best metric is that of step 1: with patience 1 the run ends at step 2, also when its end is run again."""
+
+    def run(folder: Path, checkpoint: Path | None) -> Any:
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_constant", "greater_is_better": True}
+        trainer = make("lora", folder, eval_strategy="steps", eval_steps=1, **best)
+        trainer.compute_metrics = lambda prediction: {"constant": 1.0}
+        trainer.add_callback(EarlyStoppingCallback(1))
+        trainer.train(str(checkpoint) if checkpoint else None)
+        return trainer
+
+    straight = run(tmp_path / "straight", None)
+    assert straight.state.global_step == 2
+    again = run(tmp_path / "straight", tmp_path / "straight" / "checkpoint-2")
+    assert again.state.global_step == 2
+    assert runs.differences(runs.result(straight), runs.result(again)) == []
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "named"),
+    [
+        ("lora", {}, "method was 'adalora', is 'lora'"),
+        ("adalora", {"lora_r": 6}, "lora_r was 4, is 6"),
+        ("adalora", {"modules": ["query", "value"]}, "modules: 12 then, 4 now, without deberta.encoder.layer.0"),
+        ("adalora", {"max_steps": 12}, "max_steps was 8, is 12"),
+        ("adalora", {"learning_rate": 0.02, "seed": 4}, "learning_rate was 0.01, is 0.02; seed was 3, is 4"),
+        ("adalora", {"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4, is 2"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(
+    method: str, changes: dict[str, Any], named: str, adalora_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="belongs to a run with other settings") as caught:
+        make(method, tmp_path, **changes).train(str(adalora_run / "checkpoint-4"))
+    assert named in str(caught.value)
+
+
+def test_a_checkpoint_of_more_processes_is_refused_with_the_reason(adalora_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(adalora_run / "checkpoint-4", tmp_path / "checkpoint-4")
+    manifest = json.loads((tmp_path / "checkpoint-4" / MANIFEST).read_text())
+    manifest["settings"]["world_size"] = 2
+    (tmp_path / "checkpoint-4" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="world_size was 2, is 1.*would deal other rows"):
+        make("adalora", tmp_path).train(str(tmp_path / "checkpoint-4"))
+
+
+@pytest.fixture(scope="module")
+def adalora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of an AdaLoRA run with checkpoints 4 and 8."""
+    folder = tmp_path_factory.mktemp("adalora")
+    make("adalora", folder, save_steps=4).train()
+    return folder
+
+
+def test_what_a_method_needs_is_in_the_checkpoint_without_pickle(adalora_run: Path) -> None:
+    state = load_file(adalora_run / "checkpoint-4" / "method_state.safetensors")
+    assert sum(k.startswith("allocator/importance.") for k in state) == 3 * 12
+    manifest = json.loads((adalora_run / "checkpoint-4" / MANIFEST).read_text())
+    assert manifest["version"] == 1 and manifest["step"] == 4
+    assert sum(json.loads((adalora_run / "checkpoint-4" / "adapter.json").read_text())["ranks"].values()) <= 48
+
+
+def test_every_damage_is_noticed_and_the_checkpoint_before_is_taken(
+    adalora_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each file of the newest checkpoint in turn is missing, cut, or has one bit changed."""
+    names = sorted(p.name for p in (adalora_run / "checkpoint-8").iterdir())
+    assert {MANIFEST, "adapter.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= set(names)
+    for name in names:
+        for damage in ("missing", "cut", "bit"):
+            folder = tmp_path / f"{damage}-{name}"
+            shutil.copytree(adalora_run, folder)
+            path = folder / "checkpoint-8" / name
+            content = path.read_bytes()
+            if damage == "missing":
+                path.unlink()
+            elif damage == "cut":
+                path.write_bytes(content[: len(content) // 2])
+            elif name != MANIFEST:
+                middle = len(content) // 2
+                path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+            else:
+                continue
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, logger="loralib"):
+                assert last_checkpoint(folder) == folder / "checkpoint-4"
+            assert "checkpoint-8 is " in caplog.text and (name in caplog.text), caplog.text
+
+
+def test_newer_format_is_refused(adalora_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(adalora_run / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / MANIFEST
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(InputError, match="format 2, this code reads up to 1"):
+        read_manifest(tmp_path / "checkpoint-4")
+
+
+def test_older_checkpoints_go_only_after_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[str]] = {}
+    import loralib.trainer
+
+    write = loralib.trainer.write_manifest
+
+    def observed(folder: Path, content: Any) -> None:
+        seen[folder.name] = sorted(p.name for p in folder.parent.glob("checkpoint-*") if (p / MANIFEST).exists())
+        write(folder, content)
+
+    monkeypatch.setattr(loralib.trainer, "write_manifest", observed)
+    make("lora", tmp_path, save_steps=2, save_total_limit=1).train()
+    assert seen == {f"checkpoint-{s}": [f"checkpoint-{s - 2}"] if s > 2 else [] for s in (2, 4, 6, 8)}
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+# ---- SIGTERM ----
+
+
+class Terminate(TrainerCallback):
+    """A cluster's pre-emption, which comes while a step is computed."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [2, 3, 8])  # within an epoch, at its end (evaluated first), at the very end
+def test_sigterm_finishes_the_step_and_saves(step: int, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    straight = make("sora", tmp_path / "straight", eval_strategy="epoch", save_strategy="no")
+    straight.train()
+    stopped = make("sora", tmp_path / "stopped", eval_strategy="epoch", save_strategy="no")
+    stopped.add_callback(Terminate(step))
+    with pytest.raises(
+        RunInterrupted, match=f"after step {step} of 8; the last good checkpoint is .*checkpoint-{step}"
+    ):
+        stopped.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = make("sora", tmp_path / "stopped", eval_strategy="epoch", save_strategy="no")
+    resumed.train(str(tmp_path / "stopped" / f"checkpoint-{step}"))
+    assert runs.differences(runs.result(straight), runs.result(resumed)) == []
+
+
+# ---- killed ----
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model_dir: Path, mrpc_dir: Path) -> list[str]:
+    values = {
+        "model_name_or_path": tiny_model_dir,
+        "dataset_name": mrpc_dir,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "lora_type": "svd",
+        "target_rank": 2,
+        "init_warmup": 2,
+        "final_warmup": 3,
+        "mask_interval": 2,
+        "reg_orth_coef": 0.1,
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "max_seq_length": 32,
+        "logging_steps": 3,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "eval_strategy": "epoch",
+        "report_to": "none",
+        "disable_tqdm": "True",
+    }
+    return ["--do_train", "--do_eval", "--apply_lora", "--apply_adalora", *(f"--{k}={v}" for k, v in values.items())]
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished"
+    clock = ("_runtime", "_per_second")
+    history = [{k: v for k, v in log.items() if not k.endswith(clock)} for log in record["history"]]
+    return load_file(folder / "adapter.safetensors"), history
+
+
+def run_and_kill(flags: list[str], folder: Path, kills: int, seed: int) -> dict[str, int]:
+    """Kill a run `kills` times by SIGKILL, half of them at an operation on a checkpoint's file, half at any moment."""
+    draw = random.Random(seed)
+    count = folder / "operations"
+    began = time.time()
+    status = runs.finished(
+        runs.start(
+            runs.enter, "AdaLoRA", [*flags, f"--output_dir={folder / 'straight'}"], f"{folder}/log", 0, str(count)
+        )
+    )
+    assert status == 0, (folder / "log").read_text()[-3000:]
+    seconds, operations = time.time() - began, int(count.read_text())
+    tensors, history = outcome(folder / "straight")
+    done = {"file": 0, "clock": 0, "finished": 0}
+    attempt = 0
+    while attempt < kills or not done["finished"]:
+        output = folder / f"killed-{done['finished']}"
+        die_at = draw.randint(1, operations) if attempt < kills and attempt % 2 == 0 else 0
+        process = runs.start(runs.enter, "AdaLoRA", [*flags, f"--output_dir={output}"], f"{folder}/log", die_at)
+        if attempt < kills and not die_at:
+            process.join(draw.uniform(0.1, 1.0) * seconds)
+            process.kill()
+        status = runs.finished(process)
+        assert status in (0, -signal.SIGKILL), (folder / "log").read_text()[-3000:]
+        attempt += 1
+        if status:
+            done["file" if die_at else "clock"] += 1
+            continue
+        done["finished"] += 1
+        found, logs = outcome(output)
+        assert all(torch.equal(found[k], tensors[k]) for k in tensors) and logs == history
+    return done
+
+
+def test_killed_three_times(flags: list[str], tmp_path: Path) -> None:
+    done = run_and_kill(flags, tmp_path, 3, seed=1)
+    assert done["file"] + done["clock"] >= 2
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(flags: list[str], tmp_path: Path) -> None:
+    done = run_and_kill(flags, tmp_path, 24, seed=2)
+    print(done)
+    assert done["file"] >= 8 and done["file"] + done["clock"] >= 20
+    assert "half-written" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_killed_at_each_operation_on_a_checkpoint(flags: list[str], tmp_path: Path) -> None:
+    """Every one of the operations that write and rotate two checkpoints, in turn."""
+    flags = [*flags, "--max_steps=6", "--save_total_limit=1", "--init_warmup=1", "--final_warmup=1"]
+    arguments = [*flags, f"--output_dir={tmp_path / 'straight'}"]
+    assert runs.finished(runs.start(runs.enter, "AdaLoRA", arguments, f"{tmp_path}/log", 0, f"{tmp_path}/n")) == 0
+    operations = int((tmp_path / "n").read_text())
+    tensors, history = outcome(tmp_path / "straight")
+    for die_at in range(1, operations + 1):
+        arguments = [*flags, f"--output_dir={tmp_path / str(die_at)}"]
+        process = runs.start(runs.enter, "AdaLoRA", arguments, f"{tmp_path}/log", die_at)
+        assert runs.finished(process) == -signal.SIGKILL
+        assert runs.finished(runs.start(runs.enter, "AdaLoRA", arguments, f"{tmp_path}/log")) == 0
+        found, logs = outcome(tmp_path / str(die_at))
+        assert all(torch.equal(found[k], tensors[k]) for k in tensors) and logs == history, die_at
+    print(operations)
+
+
+def test_sigterm_ends_the_command_with_143_and_it_goes_on(flags: list[str], tmp_path: Path) -> None:
+    arguments = [*flags, f"--output_dir={tmp_path / 'run'}", "--num_train_epochs=500", "--save_strategy=no"]
+    process = runs.start(runs.enter, "AdaLoRA", arguments, str(tmp_path / "log"))
+    deadline = time.time() + 60
+    while "'loss'" not in (text := (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
+        assert process.is_alive() and time.time() < deadline, text[-3000:]
+        time.sleep(0.02)
+    process.terminate()
+    assert runs.finished(process, 60) == 143
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "interrupted" and record["steps"] > 0
+    assert f"the last good checkpoint is {tmp_path}/run/checkpoint-{record['steps']}" in (tmp_path / "log").read_text()
