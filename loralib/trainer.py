@@ -483,6 +483,9 @@ class LoRATrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: --push_to_hub sends the finished run once, at its end."""
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self.method_state:

@@ -31,6 +31,7 @@ from loralib.adapt import parameters
 from loralib.checkpoint import LOCK_FILE, last_checkpoint, lock, read_manifest, unlock
 from loralib.errors import InputError, RunError
 from loralib.export import load_lora
+from loralib.glue import card
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
 from loralib.glue.data import GlueData, load, tokenize
 from loralib.glue.metrics import compute_metrics, to_labels
@@ -252,7 +253,7 @@ def load_lora_path(model: nn.Module, path: str) -> None:
     lines = load_lora(model, path)
     logger.info("loaded the adapter %s", path)
     for line in lines:
-        logger.warning("the adapter %s: %s", path, line)
+        logger.info("the adapter %s: %s", path, line)
 
 
 def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task: Task, layer: str) -> dict[str, Any]:
@@ -280,6 +281,8 @@ def trainer_parts(
     run: Run, data: GlueData, tokenizer: PreTrainedTokenizerBase, args: DataArguments, model: nn.Module
 ) -> dict[str, Any]:
     """The arguments of `LoRATrainer` that every method shares."""
+    if run.training.push_to_hub and run.training.process_index == 0:
+        card.make_repository(run.training)
     fixed = args.pad_to_max_length
 
     def tokenized(split: Dataset) -> Dataset:
@@ -365,6 +368,8 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
         _train_and_evaluate(run, trainer, data, metrics)
         if run.training.should_save:
             write_run(run, trainer, method, data.task.name, "finished", metrics)
+            if run.training.do_train:
+                card.write_card(run.training.output_dir)
     except RunError as error:
         if run.training.should_save:
             with suppress(OSError):  # the disk may be full
@@ -377,6 +382,8 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
         ) from error
     finally:
         unlock(run.training.output_dir)
+    if run.training.push_to_hub:
+        card.push(trainer)
     return metrics
 
 
