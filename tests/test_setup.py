@@ -162,7 +162,7 @@ def test_quickstart_with_own_model_and_task_is_the_paper_run(tmp_path: Path) -> 
     assert code == 0
     for call in calls[1:6]:
         assert "embedded" not in call and "--overwrite_output_dir" not in call
-        assert "--learning_rate 1e-3 --max_seq_length 128" in call
+        assert "--learning_rate 1e-3 --num_train_epochs 5 --max_seq_length 128" in call
         assert call.endswith("--model_name_or_path microsoft/deberta-v3-base --task_name=mrpc --seed 7")
         assert "/output/deberta-v3-base-mrpc/" in call
 
