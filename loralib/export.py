@@ -247,10 +247,11 @@ def read_adapter(path: str | Path) -> Adapter:
         InputError: not there, cut off, or foreign; the message names file and key.
     """
     path = Path(path).expanduser()
-    folder = path.parent if path.name in (ADAPTER_FILE, *PEFT_FILES) else path
-    if (folder / ADAPTER_CONFIG).is_file() or (folder / ADAPTER_FILE).is_file():
+    folder = path.parent if path.is_file() else path
+    named = None if path.is_dir() else path.name  # a file beside its config stands for the folder
+    if named in (None, ADAPTER_FILE) and ((folder / ADAPTER_CONFIG).is_file() or (path / ADAPTER_FILE).is_file()):
         return _read_own(folder)
-    if (folder / PEFT_CONFIG).is_file():
+    if named in (None, *PEFT_FILES) and (folder / PEFT_CONFIG).is_file():
         return _read_peft(folder)
     matrices, rest = _split(read_state(path), path)
     return Adapter(path, {}, matrices, {}, rest)
@@ -629,6 +630,8 @@ def export_merged(
     with _new_folder(Path(out)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):  # safetensors' own writer keeps them from everybody else
+            file.chmod((folder / "config.json").stat().st_mode)
 
 
 def merge(model: nn.Module) -> None:

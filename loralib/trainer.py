@@ -63,6 +63,7 @@ NUMERIC_ARGUMENTS = (
     "bf16",
     "fp16",
 )
+OWN_ROWS = "own_rows"  # of a batch's first rows: how many count, and their share in the mean over all processes
 
 
 class Stateful(Protocol):
@@ -286,6 +287,9 @@ class LoRATrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        self._tr_loss = self.accelerator.gather(
+            self._tr_loss.view(1)
+        ).mean()  # the stock Trainer adds its own share alone
         return super()._finalize_training(trial, num_train_samples, min(start_time, self._train_began))
 
     @contextmanager
@@ -329,6 +333,24 @@ class LoRATrainer(Trainer):
         self._length_sampler = LengthGroupedSampler(lengths, self.get_total_train_batch_size(self.args), seed)
         return self._length_sampler
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """As stock, but the last batch of an epoch counts every row once when several processes share it.
+
+        Each gets a full batch there, filled up with rows from the epoch's start. These are marked here and left out of
+        the loss, which is weighted so that the average over processes is the mean over the rows that are left.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        args = self.args
+        left = len(self.train_dataset) % (self._train_batch_size * args.world_size)
+        ends = self.accelerator.gradient_state.end_of_dataloader
+        shared = (
+            args.world_size > 1 and not args.dataloader_drop_last and args.train_sampling_strategy != "batch_rebalance"
+        )
+        if shared and left and ends and batches:
+            own = min(max(left - args.process_index * self._train_batch_size, 0), self._train_batch_size)
+            batches[-1][OWN_ROWS] = (own, own * args.world_size / left)
+        return batches, items
+
     # ---- loss ----
 
     def compute_loss(
@@ -338,8 +360,17 @@ class LoRATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-        loss = task_loss(outputs["logits"], inputs["labels"], self.args.label_smoothing_factor)
+        outputs = model(**{k: v for k, v in inputs.items() if k not in ("labels", OWN_ROWS)})
+        logits, labels = outputs["logits"], inputs["labels"]
+        if OWN_ROWS in inputs:
+            own, share = inputs[OWN_ROWS]
+            loss = (
+                task_loss(logits[:own], labels[:own], self.args.label_smoothing_factor) * share
+                if own
+                else logits.sum() * 0
+            )
+        else:
+            loss = task_loss(logits, labels, self.args.label_smoothing_factor)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -384,6 +415,15 @@ class LoRATrainer(Trainer):
             gradients = torch.autograd.grad(value, trainable, allow_unused=True)
         pairs = [(p, g) for p, g in zip(trainable, gradients, strict=True) if g is not None]
         return value.detach(), [p for p, _ in pairs], [g for _, g in pairs]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, but several processes count each row once in the loss, as they do in the metrics."""
+        output = super().evaluation_loop(*args, **kwargs)
+        loss = next((name for name in output.metrics if name.endswith("_loss")), None)
+        if self.args.world_size > 1 and loss and isinstance(output.predictions, np.ndarray):
+            logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+            output.metrics[loss] = task_loss(logits, labels, self.args.label_smoothing_factor).item()
+        return output
 
     # ---- logs ----
 
@@ -477,10 +517,10 @@ class LoRATrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         save_adapter(self.model, folder, self.adapter)
         self.model.config.save_pretrained(folder)
-        if self.processing_class is not None:
+        # Once, with the result: DeBERTa-v3's takes 11 MB, more than the adapter, and no checkpoint needs it.
+        if self.processing_class is not None and folder == Path(self.args.output_dir):
             self.processing_class.save_pretrained(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
