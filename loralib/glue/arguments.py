@@ -59,6 +59,9 @@ class DataArguments:
     train_file: str | None = flag(None, "Training rows as csv, tsv, json, jsonl or parquet.")
     validation_file: str | None = flag(None, "Validation rows, same format.")
     test_file: str | None = flag(None, "Test rows, same format.")
+    heldout_split: int | None = flag(
+        None, "Seed: split the validation rows in halves, one to choose by (eval_*) and one to report (heldout_*)."
+    )
     glue_submission: str | None = flag(None, "Folder for files as the GLUE server wants them (with --do_predict).")
 
     def __post_init__(self) -> None:

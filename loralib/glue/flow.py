@@ -38,6 +38,7 @@ from loralib.glue.metrics import compute_metrics, to_labels
 from loralib.glue.predictions import write_predictions, write_submission
 from loralib.glue.report import RUN_FILE, RUN_VERSION, git_commit, hardware, versions, write_json
 from loralib.glue.tasks import Task
+from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
 from loralib.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _last_checkpoint(folder: Path) -> str:
 def load_data(training: GlueTrainingArguments, model: ModelArguments, args: DataArguments) -> GlueData:
     """The splits that the run needs, and the task."""
     with training.main_process_first(desc="data"):
-        return load(
+        data = load(
             task_name=args.task_name,
             dataset_name=args.dataset_name,
             dataset_config_name=args.dataset_config_name,
@@ -171,6 +172,9 @@ def load_data(training: GlueTrainingArguments, model: ModelArguments, args: Data
             cache_dir=model.cache_dir,
             token=model.token,
         )
+    if args.heldout_split is not None and training.do_eval:
+        split_heldout(data, args.heldout_split)
+    return data
 
 
 # ---- model ----
@@ -389,6 +393,7 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
 
 def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics: dict[str, Any]) -> None:
     args = run.training
+    trainer.add_callback(WatchCallback(trainer, data.evals.get(HELDOUT)))
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=run.checkpoint)
         trainer.save_model()
@@ -400,6 +405,8 @@ def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics:
     if args.do_eval:
         evaluation: dict[str, Any] = {}
         for name, split in data.evals.items():
+            if name == HELDOUT:  # the callback evaluates it whenever the other half is
+                continue
             values = trainer.evaluate(split) | {"eval_samples": len(split)}
             trainer.log_metrics("eval", values)
             evaluation |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values

@@ -1,0 +1,100 @@
+"""What is looked at whenever a run evaluates: the ranks that are left, the spectrum of the updates, a held-out half."""
+
+import importlib.util
+import logging
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+
+from loralib.adapt import adapted_layers, ranks
+from loralib.glue.data import GlueData
+from loralib.spectrum import effective_rank, singular_values
+from loralib.trainer import LoRATrainer
+
+logger = logging.getLogger(__name__)
+
+HELDOUT = "heldout"  # key of the half in `GlueData.evals`, and prefix of its metrics
+
+
+def split_heldout(data: GlueData, seed: int) -> None:
+    """Split the validation rows into two halves: `eval_*` metrics, by which one chooses, and `heldout_*`, to report.
+
+    The split that SoRA's paper evaluates the small tasks by; MNLI's mismatched rows stay whole. Changes `data.evals`.
+
+    Args:
+        seed: of the split alone, so that all runs of a comparison can share it whatever their own seeds are.
+    """
+    name, rows = next(iter(data.evals.items()))
+    order = np.random.default_rng(seed).permutation(len(rows))
+    choose, report = (rows.select(sorted(part.tolist())) for part in np.array_split(order, 2))
+    data.evals[name], data.evals[HELDOUT] = choose, report
+    logger.info("heldout_split %d: %d validation rows to choose by, %d held out", seed, len(choose), len(report))
+
+
+def _numpy(value: Tensor | None) -> Any:
+    return None if value is None else value.detach().float().cpu().numpy()
+
+
+class WatchCallback(TrainerCallback):
+    """At each evaluation: ranks, remaining parameters and effective rank, in the run's history and in TensorBoard.
+
+    Args:
+        trainer: the run's trainer.
+        heldout: tokenised rows to evaluate as `heldout_*`; None for none.
+    """
+
+    def __init__(self, trainer: LoRATrainer, heldout: Dataset | None) -> None:
+        self.trainer, self.heldout = trainer, heldout
+        self.seen = -1  # step of the last evaluation: the final one of a run often repeats it
+        self.heldout_metrics: dict[str, float] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.seen:
+            return
+        self.seen = state.global_step
+        entry: dict[str, Any] = {}
+        if self.heldout is not None:
+            self.heldout_metrics = dict(self.trainer.predict(self.heldout, metric_key_prefix=HELDOUT).metrics)
+            entry |= self.heldout_metrics
+        if state.is_world_process_zero:
+            entry |= self.look()
+            if entry:
+                state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
+
+    def look(self) -> dict[str, float]:
+        """Numbers of all adapted matrices together; TensorBoard also gets each matrix's and the heatmap."""
+        layers = dict(adapted_layers(self.trainer.model))
+        if not layers:
+            return {}
+        left = ranks(self.trainer.model)
+        effective = {
+            name: effective_rank(singular_values(*map(_numpy, (layer.lora_A, layer.lora_B, layer.diagonal()))))
+            for name, layer in layers.items()
+        }
+        sizes = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+        numbers = {
+            "rank_total": sum(left.values()),
+            "remaining": sum(left[name] * sizes[name] for name in layers),
+            "effective_rank": float(np.mean(list(effective.values()))),
+        }
+        scalars = {f"Watch/{name}": value for name, value in numbers.items()}
+        self.trainer.add_scalars(scalars | {f"EffectiveRank/{name}": value for name, value in effective.items()})
+        if importlib.util.find_spec("matplotlib") is not None:
+            self._draw(left, max(layer.r for layer in layers.values()))
+        return numbers
+
+    def _draw(self, left: dict[str, int], most: int) -> None:
+        writers = [c.tb_writer for c in self.trainer.callback_handler.callbacks if getattr(c, "tb_writer", None)]
+        if writers:
+            from loralib.glue.figures import as_image, rank_heatmap
+
+            image = as_image(rank_heatmap(left, "rank left of each matrix", most))
+            for writer in writers:
+                writer.add_image("Watch/ranks", image, self.trainer.state.global_step, dataformats="HWC")
+
+    def summary(self) -> dict[str, Any]:
+        """Facts for run.json: the last metrics of the held-out half."""
+        return {HELDOUT: self.heldout_metrics} if self.heldout_metrics else {}
