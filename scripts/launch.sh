@@ -75,13 +75,16 @@ state() {
         echo finished
         return
     fi
-    [[ -z "$(find "$1" -maxdepth 1 -name 'checkpoint-*' -type d)" ]] || status=resume
+    # whole checkpoints have a manifest; the stages of a schedule know their own
+    if [[ -n "$(find "$1" -maxdepth 2 \( -path "*/checkpoint-*/checkpoint.json" -o -name 'stage-*' \) -print -quit)" ]]; then
+        status=resume
+    fi
     if [[ $status == other ]]; then
         status=logged
         for item in "$1"/* "$1"/.[!.]*; do
             case "$(basename "$item")" in
-            run.log | .lock | '*' | '.[!.]*') ;;
-            runs | run.json | run.json.tmp) status=anew ;;
+            run.log | .lock | .sweep.lock | '*' | '.[!.]*') ;;
+            runs | run.json | run.json.tmp | checkpoint-*) status=anew ;;
             *) # not of a run: the entry point will refuse the folder
                 status=other
                 break

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from loralib.errors import InputError  # noqa: E402
 
 METHODS = ("lora", "lora-orth", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full")
+LOCK_FILE = ".sweep.lock"
 GRACE = 60.0  # seconds that a run has to write a checkpoint after SIGTERM, before SIGKILL
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -192,7 +193,7 @@ def guard(parent: int, folder: Path, command: Sequence[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent below becomes a child of this process
     if os.getppid() != parent:
         return 1
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / LOCK_FILE, "w") as lock:
         wait_for_lock(lock, GRACE + 10, folder)
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGKILL))
 
@@ -382,7 +383,8 @@ def sweep(jobs: Sequence[Job], args: argparse.Namespace) -> int:
             print(f"failed: {job.name}: {last_line(job.folder / 'run.log')}")
         return 1 if failed else 0
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
         print("\nstopping: runs that are under way get a minute to write a checkpoint ...", flush=True)
         return 130
     finally:
@@ -393,10 +395,15 @@ def sweep(jobs: Sequence[Job], args: argparse.Namespace) -> int:
             wait_until_free(job.folder)
 
 
+def interrupt(signum: int, _: Any) -> NoReturn:
+    """Ctrl-C and SIGTERM end a sweep alike."""
+    raise KeyboardInterrupt
+
+
 def wait_until_free(folder: Path) -> None:
     """Until the guard of a cancelled run has ended it."""
-    if (folder / ".lock").exists():
-        with open(folder / ".lock") as lock:
+    if (folder / LOCK_FILE).exists():
+        with open(folder / LOCK_FILE) as lock:
             wait_for_lock(lock, GRACE + 10, folder)
 
 
@@ -455,7 +462,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print("\n".join(listed(jobs)))
             return 0
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        for signum in (signal.SIGINT, signal.SIGTERM):  # also where a shell has started this with Ctrl-C ignored
+            signal.signal(signum, interrupt)
         code = sweep(jobs, args)
     except InputError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)

@@ -188,12 +188,16 @@ def test_the_same_command_again(tmp_path: Path) -> None:
         return script("mrpc", "lora", *flags, OUTPUT=str(tmp_path)).stdout
 
     assert "--overwrite_output_dir" not in again()
-    (folder / "runs").mkdir(parents=True)
-    (folder / "run.log").write_text("killed")
+    folder.mkdir(parents=True)
+    (folder / "run.log").write_text("a sweep's first line")
+    assert "--overwrite_output_dir" in again() and "starts anew" not in again()
+    (folder / "runs").mkdir()
+    assert "starts anew" in again() and "--overwrite_output_dir" in again()
+    (folder / "checkpoint-500").mkdir()  # half-written: no manifest
     assert "starts anew" in again() and "--overwrite_output_dir" in again()
     (folder / "notes.txt").write_text("not of a run")
     assert "--overwrite_output_dir" not in again()
-    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "checkpoint.json").write_text("{}")
     assert "--overwrite_output_dir" not in again() and "run_glue.py" in again()
     whole = json.dumps({"version": 1, "status": "finished", "metrics": {}}, indent=2) + "\n"
     (folder / "run.json").write_text(whole[:30])
