@@ -2,12 +2,15 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -180,3 +183,466 @@ def test_every_route_computes_what_the_trained_model_computes(
     merge(trained)
     close(trained)
     assert not list(adapted_layers(trained))
+
+
+# ---- files hold what counts say ----
+
+
+def elements(file: Path) -> int:
+    return sum(t.numel() for t in load_file(file).values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_hold_the_counted_parameters_and_no_more(tmp_path: Path, method: str) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    model = make_run(tmp_path / "run", base, method)
+    counts, constants = parameters(model), sum(hasattr(layer, "ranknum") for _, layer in adapted_layers(model))
+    assert elements(tmp_path / "run" / "adapter.safetensors") == counts["trainable"] + constants
+    export_lora(tmp_path / "run", tmp_path / "lora")
+    export_peft(tmp_path / "run", tmp_path / "peft")
+    assert elements(tmp_path / "lora" / "adapter.safetensors") == counts["remaining"] + counts["head"]
+    zero_row = 0 if counts["remaining"] else 24 + 24  # of a query matrix
+    assert elements(tmp_path / "peft" / "adapter_model.safetensors") == counts["remaining"] + counts["head"] + zero_row
+    for file in (tmp_path / "lora" / "adapter.safetensors", tmp_path / "peft" / "adapter_model.safetensors"):
+        assert file.stat().st_size <= 4 * elements(file) + 200 * len(load_file(file)) + 200  # values and their names
+    config = json.loads((tmp_path / "lora" / "adapter.json").read_text())
+    state = load_file(tmp_path / "lora" / "adapter.safetensors")
+    assert (
+        config["ranks"]
+        == ranks(model)
+        == {name: state[f"{name}.lora_A"].shape[0] if f"{name}.lora_A" in state else 0 for name in config["ranks"]}
+    )
+
+
+def test_the_config_is_readable_and_says_what_the_weights_do_not(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "deberta")
+    model = make_run(tmp_path / "run", base, "adalora")
+    config = json.loads((tmp_path / "run" / "adapter.json").read_text())
+    assert config["method"] == "adalora" and config["base_model"] == str(base) and config["format_version"] == 1
+    assert config["head"] == ["pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"]
+    assert config["ranks"] == ranks(model) and config["low_rank"] is True
+    assert set(config["scaling"].values()) == {12.0 / (R + 1e-5)}
+
+
+def test_peft_alpha_over_rank_is_the_trained_scaling(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base, "adalora")
+    export_peft(tmp_path / "run", tmp_path / "peft")
+    config = peft.LoraConfig.from_pretrained(str(tmp_path / "peft"))
+    state = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert sorted(config.modules_to_save) == ["bert.pooler", "classifier"]
+    assert len(set(config.rank_pattern.values())) > 1  # otherwise this test would test nothing
+    for name in config.target_modules:
+        r, alpha = config.rank_pattern.get(name, config.r), config.alpha_pattern.get(name, config.lora_alpha)
+        assert state[f"base_model.model.{name}.lora_A.weight"].shape[0] == r > 0
+        assert alpha / r == pytest.approx(12.0 / (R + 1e-5), rel=1e-14)
+
+
+def test_an_adapter_of_rank_zero_keeps_one_row_for_peft(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base, "adalora-all-zero")
+    export_peft(tmp_path / "run", tmp_path / "peft")
+    factors = {k: t for k, t in load_file(tmp_path / "peft" / "adapter_model.safetensors").items() if "lora_" in k}
+    assert len(factors) == 2 and not any(t.any() for t in factors.values())
+    export_lora(tmp_path / "run", tmp_path / "lora")
+    with pytest.raises(InputError, match="rank 0 everywhere"):
+        export_peft(tmp_path / "lora", tmp_path / "again")
+
+
+def test_parameters_shared_between_matrices_are_saved_once_and_exported_everywhere(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    model = load_base(base, 2)
+    adapt(model, LoRALinear, ["query", "key"], r=R, lora_alpha=12.0)
+    layers = [layer for _, layer in adapted_layers(model)]
+    for layer in layers[1:]:
+        layer.lora_A = layers[0].lora_A
+    fill(model, None)
+    counts = parameters(model)
+    assert counts["lora"] == R * 24 + len(layers) * R * 24 == sum(m["trainable"] for m in counts["modules"].values())
+    save_adapter(model, tmp_path / "run", facts(base))
+    model.config.save_pretrained(tmp_path / "run")
+    assert elements(tmp_path / "run" / "adapter.safetensors") == counts["trainable"]
+    export_merged(tmp_path / "run", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5
+
+
+def test_deberta_v3_base_fits_the_sizes_promised() -> None:
+    """By arithmetic on a model without storage: r 8, six modules: 165,888 a rank, model part below 8 MB."""
+    config = DebertaV2Config(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=128100,
+        relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=256,
+        norm_rel_ebd="layer_norm", pooler_hidden_size=768, num_labels=2, type_vocab_size=0,
+    )  # fmt: skip
+    for layer, more in ((LoRALinear, 0), (SVDLinear, 1), (GatedLinear, 1)):
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        adapt(model, layer, list(ROLES), r=8, lora_alpha=16.0)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        count = sum(p.numel() for p in trainable)
+        assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == 8 * (165_888 + 72 * more)
+        assert 183e6 < sum(p.numel() for p in model.parameters() if not p.requires_grad) < 185e6
+        assert 4 * count < 8e6  # float32
+        # Adam keeps two numbers for each, AdaLoRA's allocator two for each of the low-rank ones
+        assert 4 * (count + 2 * count + 2 * 8 * (165_888 + 72)) < 36e6
+
+
+def test_files_are_as_readable_as_the_user_wants(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    before = os.umask(0o027)
+    try:
+        make_run(tmp_path / "run", base)
+        for export in (export_lora, export_peft, export_merged):
+            export(tmp_path / "run", tmp_path / export.__name__)
+    finally:
+        os.umask(before)
+    files = [p for p in tmp_path.rglob("*.safetensors") if base not in p.parents]
+    assert len(files) == 4 and {oct(p.stat().st_mode & 0o777) for p in files} == {"0o640"}
+
+
+def test_a_failing_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base)
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loralib.export._write_json", full)
+    for export in (export_lora, export_peft):
+        with pytest.raises(InputError, match="No space left"):
+            export(tmp_path / "run", tmp_path / "out")
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(InputError, match="exists and is not empty"):
+        export_lora(tmp_path / "run", tmp_path / "out")
+
+
+# ---- variants ----
+
+
+def test_a_layer_with_a_product_of_its_own_is_refused_for_peft_and_merged_by_its_class(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    model = load_base(base, 2)
+    adapt(model, Lengthened, ["query", "value"], r=R, lora_alpha=12.0)
+    fill(model, None)
+    save_adapter(model, tmp_path / "run", facts(base, "lengthened"))
+    model.config.save_pretrained(tmp_path / "run")
+    with pytest.raises(InputError, match=r"lora_length'.* --layer"):
+        export_peft(tmp_path / "run", tmp_path / "peft")
+    with pytest.raises(InputError, match=r"lora_length'.* --layer"):
+        export_merged(tmp_path / "run", tmp_path / "merged")
+    export_merged(tmp_path / "run", tmp_path / "merged", layer=Lengthened)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5
+    export_lora(tmp_path / "run", tmp_path / "lora")
+    again = load_base(base, 2)
+    adapt(again, Lengthened, ["query", "value"], r=R, lora_alpha=12.0)
+    assert load_lora(again, tmp_path / "lora") == []
+    assert torch.equal(logits(again), logits(model))
+
+
+# ---- into a run of other settings ----
+
+
+@pytest.mark.parametrize("layer", [LoRALinear, SVDLinear, GatedLinear])
+@pytest.mark.parametrize("source", ["run", "peft"])
+def test_a_higher_rank_and_another_alpha_keep_the_function_and_train_on(
+    tmp_path: Path, source: str, layer: Any
+) -> None:
+    base = make_base(tmp_path / "base", "deberta", torch.float64)
+    method = {LoRALinear: "lora", SVDLinear: "adalora", GatedLinear: "sora"}[layer]
+    trained = make_run(tmp_path / "run", base, method, dtype=torch.float64)
+    export_peft(tmp_path / "run", tmp_path / "peft")
+    model = load_base(base, 3, torch.float64)
+    adapt(model, layer, list(ROLES), r=7, lora_alpha=5.0)
+    lines = load_lora(model, tmp_path / source)
+    assert (logits(model) - logits(trained)).abs().max() < 1e-10
+    assert any("lower rank" in line for line in lines) and any("scaling" in line for line in lines)
+    model.train()
+    model(input_ids=torch.arange(10).view(1, 10)).logits.square().sum().backward()
+    for _, adapted in adapted_layers(model):  # no direction is dead: one of its factors has a gradient
+        grads = [adapted.lora_A.grad.abs().sum(1), adapted.lora_B.grad.abs().sum(0)]
+        grads += [p.grad.view(-1).abs() for n, p in adapted.named_parameters() if n in ("lora_E", "lora_gate")]
+        assert bool((sum(grads) > 0).all())
+
+
+def test_a_lower_rank_is_refused_with_key_and_both_shapes(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base)
+    model = load_base(base, 3)
+    adapt(model, LoRALinear, list(ROLES), r=2, lora_alpha=12.0)
+    with pytest.raises(InputError, match=r"run.*\(4, 24\).*query\.lora_A.*\(2, 24\).*--lora_r 4"):
+        load_lora(model, tmp_path / "run")
+
+
+def test_another_layer_type_module_list_or_model_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base, "adalora")
+    for layer, modules, said in (
+        (LoRALinear, list(ROLES), r"lora_E', which the layer LoRALinear"),
+        (SVDLinear, ["query"], r"adapts .*, which this run does not"),
+        (SVDLinear, ["all-linear"], None),  # the same 12 matrices
+    ):
+        model = load_base(base, 3)
+        adapt(model, layer, modules, r=R, lora_alpha=12.0)
+        if said is None:
+            assert load_lora(model, tmp_path / "run") == []
+            continue
+        with pytest.raises(InputError, match=said):
+            load_lora(model, tmp_path / "run")
+    config = BertConfig(**(SIZE | {"hidden_size": 12}))
+    small = AutoModelForSequenceClassification.from_config(config)
+    adapt(small, SVDLinear, list(ROLES), r=R, lora_alpha=12.0)
+    with pytest.raises(InputError, match=r"\(4, 24\) and \(24, 4\).*\(4, 12\) and \(12, 4\)"):
+        load_lora(small, tmp_path / "run")
+
+
+def test_a_differing_head_starts_anew_and_is_named(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "deberta")
+    trained = make_run(tmp_path / "run", base, "lora", num_labels=3)
+    model = load_base(base, 2)
+    adapt(model, LoRALinear, list(ROLES), r=R, lora_alpha=12.0)
+    fresh = model.classifier.weight.detach().clone()
+    lines = load_lora(model, tmp_path / "run")
+    assert len(lines) == 1 and lines[0].endswith("classifier.weight, classifier.bias")
+    assert torch.equal(model.classifier.weight, fresh)
+    assert torch.equal(model.pooler.dense.weight, trained.pooler.dense.weight)
+
+
+# ---- PEFT's own folders ----
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_folder_that_peft_wrote(tmp_path: Path, rslora: bool, pickled: bool) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=3, lora_alpha=6, target_modules=["query", "value"], use_rslora=rslora,
+        rank_pattern={"layer.0.attention.self.query": 2}, alpha_pattern={"layer.1.attention.self.value": 9},
+        modules_to_save=["pooler"],
+    )  # fmt: skip
+    theirs = peft.get_peft_model(load_base(base, 3), config)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    if pickled:
+        file = tmp_path / "theirs" / "adapter_model.safetensors"
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    model = load_base(base, 3)
+    adapt(model, LoRALinear, ["query", "value"], r=4, lora_alpha=8.0)
+    load_lora(model, tmp_path / "theirs")
+    assert (logits(model) - logits(theirs.eval())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"peft_type": "ADALORA"}, "only LORA"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"alpha_pattern": {"(a+)+$": 4}}, "alpha_pattern"),
+        ({"alpha_pattern": 3}, "alpha_pattern"),
+        ({"lora_alpha": "16"}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+    ],
+)
+def test_a_peft_folder_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base)
+    export_peft(tmp_path / "run", tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {}} | change))
+    with pytest.raises(InputError, match=f"adapter_config.json.*{said}"):
+        read_adapter(tmp_path / "peft")
+
+
+# ---- state dicts of the released code ----
+
+
+@pytest.mark.parametrize("name", ["adapter.bin", "adapter.pt", "model.safetensors"])
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "whole model"])
+def test_released_state_dicts(tmp_path: Path, whole: bool, name: str) -> None:
+    base = make_base(tmp_path / "base", "deberta")
+    trained = make_run(tmp_path / "run", base, "adalora")
+    state = trained.state_dict() if whole else load_file(tmp_path / "run" / "adapter.safetensors")
+    if whole:
+        state["deberta.embeddings.position_ids"] = torch.arange(40).view(1, 40)  # older transformers kept it
+    (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
+    model = load_base(base, 3)
+    adapt(model, SVDLinear, list(ROLES), r=R, lora_alpha=12.0)
+    assert load_lora(model, tmp_path / name) == []
+    assert torch.equal(logits(model), logits(trained))
+
+
+def test_a_whole_model_with_another_backbone_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    state = make_run(tmp_path / "run", base).state_dict()
+    key = "bert.encoder.layer.0.output.LayerNorm.bias"
+    state[key] = state[key] + 0.01
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    model = load_base(base, 3)
+    adapt(model, LoRALinear, list(ROLES), r=R, lora_alpha=12.0)
+    with pytest.raises(InputError, match=rf"another backbone.*{key}.*0\.01"):
+        load_lora(model, tmp_path / "pytorch_model.bin")
+
+
+# ---- broken, foreign and hostile files ----
+
+
+class Executed:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(Path(__file__).parent / "executed"),)
+
+
+def damaged(folder: Path, how: str) -> None:
+    file, config = folder / "adapter.safetensors", folder / "adapter.json"
+    state, told = load_file(file), json.loads(config.read_text())
+    name = next(iter(told["ranks"]))
+    if how == "no config":
+        config.unlink()
+    elif how == "no weights":
+        file.unlink()
+    elif how == "cut weights":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif how == "cut config":
+        config.write_bytes(config.read_bytes()[:-7])
+    elif how == "config is a list":
+        config.write_text("[]")
+    elif how == "deep config":
+        config.write_text("[" * 100_000)
+    elif how == "newer":
+        config.write_text(json.dumps(told | {"format_version": 99}))
+    elif how == "scaling is a text":
+        config.write_text(json.dumps(told | {"scaling": told["scaling"] | {name: "2"}}))
+    elif how == "scaling is infinite":
+        config.write_text(json.dumps(told | {"scaling": told["scaling"] | {name: float("inf")}}))
+    elif how == "another run's config":
+        config.write_text(json.dumps(told | {"ranks": {name: 4}}))
+    elif how == "another head":
+        config.write_text(json.dumps(told | {"head": []}))
+    elif how == "a pickle":
+        torch.save({"x": Executed()}, file)
+    else:
+        state[f"{name}.lora_A"] = {
+            "one dimension": torch.zeros(24), "integers": torch.zeros(R, 24, dtype=torch.long),
+            "another rank": torch.zeros(R + 1, 24), "no rank": torch.zeros(0, 24),
+        }[how]  # fmt: skip
+        save_file(state, file)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["no config", "no weights", "cut weights", "cut config", "config is a list", "deep config", "newer", "a pickle",
+     "scaling is a text", "scaling is infinite", "another run's config", "another head", "one dimension", "integers",
+     "another rank", "no rank"],
+)  # fmt: skip
+def test_a_damaged_adapter_is_one_sentence_that_names_the_file(tmp_path: Path, how: str) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base)
+    damaged(tmp_path / "run", how)
+    with pytest.raises(InputError, match=r"run|adapter\.(json|safetensors)") as refused:
+        export_lora(tmp_path / "run", tmp_path / "out")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500 + len(str(tmp_path)) * 2
+    assert not (tmp_path / "out").exists() and not (Path(__file__).parent / "executed").exists()
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt"])
+def test_nothing_in_a_pickle_is_executed(tmp_path: Path, suffix: str) -> None:
+    for number, content in enumerate([{"x": Executed()}, Executed(), [1], {"x": 1}, {3: torch.zeros(1)}]):
+        torch.save(content, tmp_path / f"{number}.{suffix}")
+        with pytest.raises(InputError, match=rf"{number}\.{suffix}"):
+            read_adapter(tmp_path / f"{number}.{suffix}")
+    assert not (Path(__file__).parent / "executed").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """The files of a good adapter in this project's format and in PEFT's."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_run(folder / "own", make_base(folder / "base", "bert"), "sora")
+    export_peft(folder / "own", folder / "peft")
+    return {kind: {p.name: p.read_bytes() for p in (folder / kind).iterdir()} for kind in ("own", "peft")}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_adapters_load_or_are_refused(whole: dict[str, dict[str, bytes]], tmp_path: Path, data: Any) -> None:
+    """Bytes changed, cut off or put in at random: an adapter or one sentence, never another error."""
+    kind = data.draw(st.sampled_from(sorted(whole)))
+    files = dict(whole[kind])
+    name = data.draw(st.sampled_from(sorted(files)))
+    content = bytearray(files[name])
+    head = min(len(content), data.draw(st.sampled_from([200, 5000, len(content)])))  # headers are the tender part
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, head - 1))
+        change = data.draw(st.sampled_from(["set", "cut", "insert", "delete"]))
+        if change == "set":
+            content[at : at + 1] = data.draw(st.binary(min_size=1, max_size=1))
+        elif change == "cut":
+            del content[max(at, 1) :]
+        elif change == "insert":
+            content[at:at] = data.draw(st.binary(min_size=1, max_size=8))
+        else:
+            del content[at : at + data.draw(st.integers(1, 8))]
+        head = max(1, min(head, len(content)))
+    files[name] = bytes(content)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        for file, value in files.items():
+            Path(folder, file).write_bytes(value)
+        try:
+            adapter = read_adapter(folder)
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:
+            assert adapter.matrices or adapter.config or not adapter.complete
+
+
+# ---- through the entry points ----
+
+
+def test_a_run_is_evaluated_exported_and_trained_on(
+    entry_point: Any, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Train; then `--do_eval` alone from each route gives the metrics of training; then go on with another head."""
+    import export_adapter
+
+    usual = {
+        "model_name_or_path": tiny_model_dir, "dataset_name": mrpc_dir, "max_seq_length": 32, "report_to": "none",
+        "disable_tqdm": True, "per_device_train_batch_size": 16, "learning_rate": 0.01, "overwrite_output_dir": True,
+    }  # fmt: skip
+    methods = {
+        "AdaLoRA": {"apply_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_type": "svd", "apply_adalora": True,
+                    "target_rank": 2, "mask_interval": 1, "final_warmup": 1},
+        "SoRA": {"apply_lora": True, "lora_r": 4, "lora_alpha": 8, "train_sparse": True, "sparse_lambda_2": 0.2},
+        "RM-LoRA": {"apply_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_type": "v1", "random_rank": 2},
+    }  # fmt: skip
+
+    def call(method: str, out: str, **flags: Any) -> dict[str, Any]:
+        flags = usual | flags | {"output_dir": tmp_path / out}
+        given = {name: value for name, value in flags.items() if value is not None}
+        return entry_point(method).main([str(x) for name, value in given.items() for x in (f"--{name}", value)])
+
+    for method, flags in methods.items():
+        run = tmp_path / method
+        trained = call(method, method, **flags, do_train=True, do_eval=True, max_steps=4, save_strategy="no")
+        assert any(run.glob("tokenizer*")) and "Made from run.json" in (run / "README.md").read_text()
+        for to in ("lora", "peft", "merged"):
+            out = export_adapter.main([str(run), "--to", to])
+            loaded = {"model_name_or_path": out} if to == "merged" else flags | {"lora_path": out}
+            got = call(method, f"eval-{to}", **loaded, do_eval=True)
+            for key in ("eval_loss", "eval_accuracy", "eval_f1"):
+                assert got[key] == pytest.approx(trained[key], abs=1e-5)
+        assert not list(run.rglob("pytorch_model*")) and not list(run.rglob("model*.safetensors"))
+    three = tmp_path / "three.csv"
+    three.write_text("sentence,label\n" + "".join(f"word {i},{'abc'[i % 3]}\n" for i in range(12)))
+    caplog.clear()
+    call("RM-LoRA", "on", **methods["RM-LoRA"], lora_path=tmp_path / "RM-LoRA", do_train=True, max_steps=1,
+         dataset_name=None, train_file=three, validation_file=three, do_eval=True)  # fmt: skip
+    assert "start anew: classifier.weight, classifier.bias" in caplog.text
+    with pytest.raises(InputError, match="fully fine-tuned"):
+        export_adapter.main([str(tmp_path / "RM-LoRA-merged"), "--to", "peft"])
