@@ -1,5 +1,6 @@
 """AdaLoRA's rank allocator (arXiv 2303.10512, section 3.2 and 3.3; ledger A1 to A8): importance, budget, mask."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from loralib.adapt import adapted_layers
 from loralib.errors import InputError
 from loralib.layers import SVDLinear
 from loralib.trainer import LoRATrainer
+
+logger = logging.getLogger(__name__)
 
 
 class RankAllocator:
@@ -228,6 +231,21 @@ class AllocatorCallback(TrainerCallback):
             if self.allocator.threshold is not None:
                 values["Budget/mask_threshold"] = self.allocator.threshold.item()
             self.trainer.add_scalars(values | {f"Ranknum/{name}": rank for name, rank in ranks.items()})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Warn when nothing is left of the update: its rank is read where the loss is read anyway."""
+        masked = self.allocator.threshold is not None
+        if (
+            masked
+            and state.is_world_process_zero
+            and "loss" in (logs or {})
+            and not any(self.allocator.ranks().values())
+        ):
+            logger.warning(
+                "step %d: the rank of every matrix is 0, so the adapter adds nothing: all triplets score the same; "
+                "look at the learning rate and the gradients",
+                state.global_step,
+            )
 
     def sum_parameters(self, ranks: dict[str, int]) -> int:
         """Elements of the triplets that are left: rank (in + out + 1) for each matrix."""

@@ -1,5 +1,6 @@
 """SoRA (arXiv 2311.11696): soft threshold, L1 term of the gates, and the optimizer that applies them."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from loralib.adapt import adapted_layers, parameters
 from loralib.errors import InputError
 from loralib.layers import GatedLinear
 from loralib.trainer import LoRATrainer
+
+logger = logging.getLogger(__name__)
 
 
 def gates(model: nn.Module) -> list[nn.Parameter]:
@@ -198,6 +201,12 @@ class GateCallback(TrainerCallback):
         self.trainer.add_scalars(
             {"Gates/nonzero_share": nonzero / total, "Gates/remaining_parameters": counts["remaining"]}
         )
+        if nonzero == 0:
+            logger.warning(
+                "step %d: every gate is 0, so the adapter adds nothing: lower sparse_lambda_2 (here %g)",
+                state.global_step,
+                self.threshold,
+            )
 
     def summary(self) -> dict[str, Any]:
         """Facts for run.json: the threshold, non-zero gates of each matrix and the parameters that remain."""
