@@ -396,7 +396,7 @@ def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics:
     trainer.add_callback(WatchCallback(trainer, data.evals.get(HELDOUT)))
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=run.checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # any other call would send the folder to the hub here and now
         trainer.save_state()
         train_metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
         trainer.log_metrics("train", train_metrics)
