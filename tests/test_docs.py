@@ -1,0 +1,307 @@
+"""The documentation is true: commands parse, flags and tests exist, ledger rows and code agree, links resolve."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
+from transformers import TrainingArguments
+
+from loralib.glue import flow
+from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, make_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = sorted(page for page in PAGES if not page.parent.name.startswith("."))
+METHODS = {"AdaLoRA": "AdaLoRAArguments", "SoRA": "SoRAArguments", "RM-LoRA": "RMLoRAArguments"}
+OTHER_PROGRAMS = {"conda", "pip", "tensorboard", "git", "cd", "pre-commit", "kill", "source", "nvidia-smi", "ray"}
+# Flags of programs that are not this project's, and the abbreviation that the paper's commands use.
+OTHER_FLAGS = {"--logdir", "--logging_step"}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """The fenced blocks whose info string is `kind` or begins with it."""
+    fenced = re.findall(rf"^```{kind}\b[^\n]*\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    return [str(text) for text in fenced]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The simple commands of a bash block as words, variables put in; without assignments and comments."""
+    variables: dict[str, str] = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set("();<>|&"):
+                yield from [words] if words and words[0] not in ("do", "done", "for", "export") else []
+                words = []
+                continue
+            word = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[1]), word)
+            assigned = re.fullmatch(r"(\w+)=(.*)", word)
+            if assigned and (not words or words == ["export"]):
+                variables[assigned[1]] = assigned[2]
+            else:
+                words.append(word)
+
+
+def load(path: Path) -> ModuleType:
+    """The module of a file, imported as `python FILE` finds it (its own folder first)."""
+    name = f"docs_{path.parent.name}_{path.stem}".replace("-", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        sys.path.insert(0, str(path.parent))
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(path.parent))
+    return sys.modules[name]
+
+
+class Parsed(Exception):
+    """Raised where a program has its arguments and would begin to work."""
+
+
+@pytest.fixture
+def parses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Path, list[str]], None]:
+    """parses(file, argv): the program of `file` takes these arguments; it stops before it does anything."""
+    known_args, args = argparse.ArgumentParser.parse_known_args, argparse.ArgumentParser.parse_args
+    inside: list[bool] = []
+
+    def parse_args(self: argparse.ArgumentParser, *a: Any, **k: Any) -> Any:
+        inside.append(True)
+        try:
+            args(self, *a, **k)
+        finally:
+            inside.pop()
+        raise Parsed
+
+    def parse_known_args(self: argparse.ArgumentParser, *a: Any, **k: Any) -> Any:
+        found = known_args(self, *a, **k)
+        if inside or isinstance(self, type(make_parser(LoRAArguments))):
+            return found
+        unknown = [word for word in found[1] if word.startswith("--")]
+        assert set(unknown) <= flags_of_the_entry_points(), unknown
+        raise Parsed
+
+    def start(*a: Any, **k: Any) -> Any:
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+    monkeypatch.setattr(flow, "start", start)
+
+    def check(path: Path, argv: list[str]) -> None:
+        assert path.is_file(), f"{path} does not exist"
+        if path.name == "replay_golden.py":  # its arguments are files
+            assert all(list(ROOT.glob(word)) for word in argv)
+            return
+        with pytest.raises((Parsed, SystemExit)) as stopped:
+            load(path).main(argv)
+        assert stopped.type is Parsed or stopped.value.code == 0, capsys.readouterr().err
+
+    return check
+
+
+def check_command(words: list[str], parses: Callable[[Path, list[str]], None]) -> None:
+    if words[0] == "torchrun":
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        torchrun_parser().parse_known_args(words[1 : at + 1])
+        words = ["python", *words[at:]]
+    if words[0] == "python" and words[1] != "-m":
+        parses(ROOT / words[1], words[2:])
+    elif words[0] == "bash":
+        script, own = ROOT / words[1], words[2:]
+        assert script.is_file(), f"{words[1]} does not exist"
+        if "launch.sh" in script.read_text():  # a task's script: METHOD, then flags of its entry point
+            methods = ["all", *re.findall(r"^    ([\w-]+)\)$", script.read_text(), flags=re.M)]
+            assert own[0] in methods or (ROOT / own[0]).is_file(), own[0]
+            own = own[1:]
+        elif script.name == "test.sh":
+            return
+        if own:
+            needed = [
+                "--apply_lora",
+                "--lora_r",
+                "8",
+                "--lora_alpha",
+                "8",
+                "--output_dir",
+                "o",
+                "--model_name_or_path",
+                "m",
+            ]
+            parses(ROOT / "AdaLoRA" / "run_glue.py", [*needed, *own])
+    else:
+        assert words[0] in OTHER_PROGRAMS or words[:2] == ["python", "-m"], f"{words[0]} is not a known program"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_parse(page: Path, parses: Callable[[Path, list[str]], None]) -> None:
+    for block in blocks(page, "bash"):
+        for words in commands(block):
+            try:
+                check_command(words, parses)
+            except Exception as error:
+                raise AssertionError(f"{shlex.join(words)}: {error}") from error
+
+
+def test_a_wrong_command_is_noticed(parses: Callable[[Path, list[str]], None]) -> None:
+    from loralib.errors import InputError
+
+    usual = "--model_name_or_path m --output_dir o".split()
+    (words,) = commands("A=x CUDA_VISIBLE_DEVICES=0 python AdaLoRA/run_glue.py \\\n  --task_name $A  # comment\n")
+    assert words == ["python", "AdaLoRA/run_glue.py", "--task_name", "x"]
+    parses(ROOT / "AdaLoRA" / "run_glue.py", [*usual, "--do_train"])
+    with pytest.raises(InputError, match="--no_such_flag"):
+        parses(ROOT / "AdaLoRA" / "run_glue.py", [*usual, "--no_such_flag", "1"])
+    with pytest.raises(InputError, match="lora_type"):
+        parses(ROOT / "RM-LoRA" / "run_glue.py", [*usual, "--lora_type", "svd"])
+    with pytest.raises(AssertionError):
+        parses(ROOT / "scripts" / "export_adapter.py", ["run", "--to", "nowhere"])
+
+
+def test_commands_marked_quick_run() -> None:
+    quick = {block for page in PAGES for block in blocks(page, "bash quick")}
+    assert quick
+    python = f'python() {{ "{sys.executable}" "$@"; }}\n'
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    for block in quick:
+        done = subprocess.run(
+            ["bash", "-euc", python + block], cwd=ROOT, env=one_thread, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- flags ----
+
+
+@cache
+def flags_of_the_entry_points() -> set[str]:
+    options: set[str] = set()
+    own = [getattr(load(ROOT / folder / "run_glue.py"), name) for folder, name in METHODS.items()]
+    own.append(load(ROOT / "tests" / "variants" / "dora_glue.py").DoRAArguments)
+    for cls in own:
+        parser = make_parser(ModelArguments, DataArguments, cls, GlueTrainingArguments)
+        options |= {option for action in parser._actions for option in action.option_strings}
+    return options
+
+
+@cache
+def known_flags() -> set[str]:
+    """Flags of the entry points, and those that the scripts' sources name."""
+    sources = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.*") if path.suffix in (".py", ".sh"))
+    torchrun = {option for action in torchrun_parser()._actions for option in action.option_strings}
+    return flags_of_the_entry_points() | set(re.findall(r"--[A-Za-z][\w-]*", sources)) | torchrun | OTHER_FLAGS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_flags_in_the_text_exist(page: Path) -> None:
+    named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", page.read_text()))
+    assert named <= known_flags(), named - known_flags()
+
+
+@pytest.mark.parametrize("folder", METHODS)
+def test_every_flag_of_a_method_is_on_its_page(folder: str) -> None:
+    cls = getattr(load(ROOT / folder / "run_glue.py"), METHODS[folder])
+    own = {field.name for field in dataclasses.fields(cls)} - {
+        field.name for field in dataclasses.fields(LoRAArguments)
+    }
+    rows = [line for line in (ROOT / folder / "README.md").read_text().splitlines() if line.startswith("| `--")]
+    documented = set(re.findall(r"`--(\w+)`", "\n".join(rows)))
+    assert own <= documented, own - documented
+
+
+def test_every_shared_flag_is_in_the_table() -> None:
+    stock = {field.name for field in dataclasses.fields(TrainingArguments)}
+    shared = {
+        f.name
+        for c in (ModelArguments, DataArguments, LoRAArguments, GlueTrainingArguments)
+        for f in dataclasses.fields(c)
+    }
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    documented = set(re.findall(r"`--(\w+)`", "\n".join(rows)))
+    assert shared - stock <= documented, shared - stock - documented
+
+
+# ---- ledger ----
+
+
+def ledger_rows(page: Path) -> dict[str, str]:
+    found = re.findall(r"^(\| ([A-Z]\d+)\b.*)$", page.read_text(), flags=re.M)
+    assert len({row_id for _, row_id in found}) == len(found)
+    return {row_id: line for line, row_id in found}
+
+
+LEDGER = ledger_rows(ROOT / "docs" / "ledger.md")
+
+
+@pytest.mark.parametrize("row", LEDGER)
+def test_ledger_row_names_tests_that_exist(row: str) -> None:
+    named = re.findall(r"`(\w+\.py)::(\w+)`", LEDGER[row].rstrip("| ").rpartition("|")[2])
+    assert named, LEDGER[row]
+    for file, test in named:
+        source = ROOT / "tests" / file
+        assert source.is_file() and re.search(rf"^def {test}\(", source.read_text(), flags=re.M), f"{file}::{test}"
+
+
+def test_method_pages_carry_the_rows_of_the_ledger() -> None:
+    pages = {folder: ledger_rows(ROOT / folder / "README.md") for folder in METHODS}
+    for rows in pages.values():
+        for row_id, line in rows.items():
+            assert line == LEDGER[row_id]
+    kinds = {"AdaLoRA": "LA", "SoRA": "S", "RM-LoRA": "R"}
+    for folder, rows in pages.items():
+        assert list(rows) == [row_id for row_id in LEDGER if row_id[0] in kinds[folder]]
+
+
+def test_ledger_ids_in_the_code_exist() -> None:
+    files = [path for folder in ("loralib", *METHODS) for path in (ROOT / folder).rglob("*.py")]
+    named: set[str] = set()
+    for path in files:
+        for phrase in re.findall(r"[Ll]edger((?:,? (?:and |to )?[A-Z]\d+)+)", path.read_text()):
+            named |= set(re.findall(r"[A-Z]\d+", phrase))
+    assert named and named <= set(LEDGER), named - set(LEDGER)
+
+
+# ---- links and shown code ----
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_resolve(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists() and path.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in {slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)}, anchor
+
+
+def test_variant_page_shows_the_tested_files() -> None:
+    shown = [block.strip() for block in blocks(ROOT / "docs" / "variant.md", "python")]
+    files = [path.read_text().strip() for path in (ROOT / "tests" / "variants").glob("*.py")]
+    assert sorted(shown) == sorted(files)
