@@ -646,3 +646,34 @@ def test_a_run_is_evaluated_exported_and_trained_on(
     assert "start anew: classifier.weight, classifier.bias" in caplog.text
     with pytest.raises(InputError, match="fully fine-tuned"):
         export_adapter.main([str(tmp_path / "RM-LoRA-merged"), "--to", "peft"])
+
+
+def test_the_best_checkpoint_comes_back_exactly(
+    entry_point: Any, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path
+) -> None:
+    for method, flags in (
+        ("AdaLoRA", "--lora_type svd --apply_adalora --target_rank 1 --mask_interval 1"),
+        ("SoRA", "--train_sparse --sparse_lambda_2 0.1"),
+    ):
+        run = tmp_path / method
+        entry_point(method).main(
+            f"{flags} --model_name_or_path {tiny_model_dir} --dataset_name {mrpc_dir} --max_seq_length 32 "
+            "--report_to none --disable_tqdm True --apply_lora --lora_r 2 --lora_alpha 4 --do_train --do_eval "
+            "--max_steps 6 --eval_steps 1 --learning_rate 0.3 --eval_strategy steps --save_strategy steps --save_steps 1 "
+            "--load_best_model_at_end --metric_for_best_model loss --greater_is_better True "
+            f"--output_dir {run}".split()
+        )
+        best = Path(json.loads((run / "trainer_state.json").read_text())["best_model_checkpoint"])
+        final, kept, last = (load_file(f / "adapter.safetensors") for f in (run, best, run / "checkpoint-6"))
+        assert best.name != "checkpoint-6" and any(not torch.equal(last[k], kept[k]) for k in kept)
+        assert final.keys() == kept.keys() and all(torch.equal(final[k], kept[k]) for k in final)
+        assert json.loads((run / "adapter.json").read_text())["ranks"] == ranks_of(final)
+        assert not [p for p in best.iterdir() if p.name.startswith(("model", "tokenizer", "training_args"))]
+
+
+def ranks_of(state: dict[str, Tensor]) -> dict[str, int]:
+    found = {}
+    for key, value in state.items():
+        if key.endswith(("lora_E", "lora_gate")):
+            found[key.rpartition(".")[0]] = int(value.count_nonzero())
+    return found
