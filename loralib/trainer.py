@@ -318,6 +318,15 @@ class LoRATrainer(Trainer):
 
     # ---- data ----
 
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        if len(dataloader) == 0:
+            rows, batch = len(self.train_dataset), self._train_batch_size * args.world_size
+            raise InputError(
+                f"{rows} training rows fill no batch of {batch} and --dataloader_drop_last leaves them out: drop the "
+                "flag or lower --per_device_train_batch_size."
+            )
+        return super().set_initial_training_values(args, dataloader)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """As stock, but length grouping draws from (seed, epoch): the same on every process and after a resume."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
