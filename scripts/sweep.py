@@ -22,6 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -163,6 +164,11 @@ def die_with_parent(signum: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum)
 
 
+def interrupt(signum: int, _: Any) -> NoReturn:
+    """Handler that makes SIGTERM, and Ctrl-C wherever it was ignored, end things as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def descendants(pid: int) -> list[int]:
     """Processes below `pid`, nearest first; zombies are left out."""
     children: dict[int, list[int]] = {}
@@ -196,19 +202,15 @@ def guard(parent: int, folder: Path, command: Sequence[str]) -> int:
     with open(folder / LOCK_FILE, "w") as lock:
         wait_for_lock(lock, GRACE + 10, folder)
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGKILL))
-
-        def stop(signum: int, _: Any) -> NoReturn:
+        code = 128 + signal.SIGTERM
+        try:
+            signal.signal(signal.SIGTERM, interrupt)
+            code = child.wait()
+        except KeyboardInterrupt:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.killpg(child.pid, signal.SIGTERM)
-            try:
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(child.pid, signal.SIGTERM)
                 child.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                pass
-            kill_rest()
-            os._exit(128 + signum)
-
-        signal.signal(signal.SIGTERM, stop)
-        code = child.wait()
         kill_rest()
         return code
 
@@ -310,6 +312,8 @@ def resources(ray: Any, gpus: float | None, cpus: float | None) -> tuple[float, 
         if value > most[kind]:
             way = "give --gpus_per_run 0 to run on CPUs" if kind == "GPU" and not most[kind] else f"lower --{flag}"
             raise InputError(f"{flag} is {value:g} and the largest machine has {most[kind]:g} {kind}s: {way}.")
+    if not cpus:
+        raise InputError("cpus_per_run is 0, it must be above 0: every run needs a core or a share of one.")
     per_node = [min(int(n.get(k, 0) / v + 1e-9) for k, v in (("GPU", gpus), ("CPU", cpus)) if v) for n in nodes]
     return gpus, cpus, max(1, sum(per_node))
 
@@ -393,11 +397,6 @@ def sweep(jobs: Sequence[Job], args: argparse.Namespace) -> int:
         ray.shutdown()
         for job, _ in running.values():
             wait_until_free(job.folder)
-
-
-def interrupt(signum: int, _: Any) -> NoReturn:
-    """Ctrl-C and SIGTERM end a sweep alike."""
-    raise KeyboardInterrupt
 
 
 def wait_until_free(folder: Path) -> None:

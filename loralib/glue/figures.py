@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's palette, distinct for colour-blind readers too; a method has one colour in every figure.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
@@ -78,10 +78,12 @@ def curves(panels: Mapping[str, Mapping[str, Band]], x_label: str, title: str) -
         for name, (x, mean, deviation) in lines.items():
             look = style(name, names)
             low, high = np.subtract(mean, deviation), np.add(mean, deviation)
-            axes.plot(x, mean, label=name, markersize=4, linewidth=1.5, **look)
+            width = 3.0 - 1.8 * names.index(name) / len(names)  # what lies below another line still shows at its sides
+            axes.plot(x, mean, label=name, markersize=2.5 * width, linewidth=width, **look)
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         _dress(axes)
     _legend(figure, title, names)
     return figure
@@ -89,22 +91,23 @@ def curves(panels: Mapping[str, Mapping[str, Band]], x_label: str, title: str) -
 
 def comparison(tasks: Mapping[str, tuple[str, Mapping[str, Sequence[float]]]], title: str) -> Figure:
     """One panel a task: a dot a seed, and mean with standard deviation, for each method."""
-    names = list(dict.fromkeys(name for _, methods in tasks.values() for name in methods))
+    all_names = list(dict.fromkeys(name for _, methods in tasks.values() for name in methods))
     columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    height = 0.9 + 0.34 * len(names)
-    figure = Figure(figsize=(2.2 + 3.6 * columns, 0.5 + rows * height), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    lengths = [len(methods) for _, methods in tasks.values()]
+    heights = [0.9 + 0.34 * max(lengths[i : i + columns]) for i in range(0, len(lengths), columns)]
+    widest = max(map(len, all_names))
+    figure = Figure(figsize=(columns * (2.8 + 0.08 * widest), 0.5 + sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in panels.flat[len(tasks) :]:
         axes.set_visible(False)
     for axes, (task, (metric, methods)) in zip(panels.flat, tasks.items(), strict=False):
-        for name, values in methods.items():
-            row, look = names.index(name), style(name, names)
+        for row, (name, values) in enumerate(methods.items()):
+            look = style(name, all_names)
             axes.plot(values, [row] * len(values), linestyle="", marker=look["marker"], color=look["color"], alpha=0.4)
             deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
             axes.errorbar(np.mean(values), row, xerr=deviation, fmt="|", color=look["color"], markersize=14, capsize=3)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(methods)), list(methods))
+        axes.set_ylim(len(methods) - 0.5, -0.5)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel(metric)
         _dress(axes)
@@ -124,12 +127,39 @@ def frontier(points: Mapping[str, Sequence[tuple[float, float, float]]], metric:
     everything = [x for values in points.values() for x, _, _ in values]
     if min(everything) > 0 and max(everything) > 8 * min(everything):
         axes.set_xscale("log")
-    else:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     axes.set_xlabel("parameters of the low-rank factors that remain (head not counted)")
     axes.set_ylabel(metric)
     _dress(axes)
     _legend(figure, title, names)
+    return figure
+
+
+def stages(curves_: Sequence[Sequence[Mapping[str, Any]]], key: str, metric: str, title: str) -> Figure:
+    """SoRA's schedule: threshold against remaining parameters, and those against the metric, a line a seed.
+
+    Args:
+        curves_: for each run its stages, each with `lambda`, `remaining` and `metrics`.
+        key: name of the metric there; a score between 0 and 1.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, curve in enumerate(curves_):
+        look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
+        remaining = [stage["remaining"] for stage in curve]
+        left.plot([stage["lambda"] for stage in curve], remaining, **look)
+        right.plot(remaining, [100 * stage["metrics"][key] for stage in curve], **look)
+    left.set_xlabel("threshold (sparse_lambda_2 of the stage)")
+    left.set_ylabel("remaining parameters")
+    left.yaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+    right.set_xlabel("remaining parameters (schedule runs from right to left)")
+    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+    right.set_ylabel(metric)
+    _dress(left)
+    _dress(right)
+    figure.suptitle(f"{title}: sparsifying schedule, a line a seed", fontsize=10)
     return figure
 
 
@@ -148,12 +178,12 @@ def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str
     top = max((singular.max(initial=0.0) for singular, _ in values.values()), default=1.0) or 1.0
     left.set_ylim(1e-4 * top, 2 * top)  # what was pruned is 0 and falls out below
     left.set_xlabel("index of the singular value")
-    left.set_ylabel("singular value of the update B A (mean over matrices)")
+    left.set_ylabel("singular value of B A, mean over matrices")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     _dress(left)
     boxes = right.boxplot([ranks for _, ranks in values.values()], orientation="horizontal", patch_artist=True)
     for box, name in zip(boxes["boxes"], names, strict=True):
-        box.set(facecolor=style(name, names)["color"], alpha=0.5)
+        box.set(facecolor=style(name, names)["color"], edgecolor=style(name, names)["color"], linewidth=2, alpha=0.6)
     for line in boxes["medians"]:
         line.set_color("black")
     right.set_yticks(range(1, len(names) + 1), names)

@@ -1,0 +1,292 @@
+"""Reports: numbers against scipy and full matrices; every run counted or listed; figures with nothing cut."""
+
+import csv
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from safetensors.numpy import save_file
+from scipy import stats
+
+from loralib.glue import figures
+from loralib.spectrum import adapter_spectra, effective_rank, singular_values
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
+         "attention.output.dense", "intermediate.dense", "output.dense")  # fmt: skip
+METHODS = {"lora": 8, "adalora": 12, "sora": 8, "rm-lora-v1": 4, "rm-lora-v2": 8}
+
+
+def load(name: str) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+report = load("report")
+
+
+def make_run(
+    folder: Path, method: str, task: str = "rte", seed: int = 1, r: int = 8, layers: int = 2, **changes: Any
+) -> dict:
+    """The results file and adapter of a run of ten evaluations; `accuracies` are those of its evaluations."""
+    rng = np.random.default_rng([seed, sum(map(ord, method + task))])
+    names = [f"deberta.encoder.layer.{i}.{kind}" for i in range(layers) for kind in KINDS]
+    ranks = {n: int(rng.integers(0, r + 1)) if method in ("adalora", "sora") else r for n in names}
+    accuracies = changes.pop("accuracies", np.sort(rng.uniform(0.5, 0.9, 10)).tolist())
+    history: list[dict[str, Any]] = []
+    for i, accuracy in enumerate(accuracies, 1):
+        at = {"epoch": float(i), "step": 78 * i}
+        history.append({"eval_accuracy": accuracy, "eval_loss": 1 / i, **at})
+        left = sum(ranks.values()) if i > 5 else r * len(names)
+        watched = {"rank_total": left, "remaining": 64 * left, "effective_rank": r / 2 + i / 10}
+        history.append({"heldout_accuracy": 1 - accuracy / 2, **watched, **at})
+    metrics = {"eval_accuracy": accuracies[-1], "eval_loss": 0.1}
+    history.append(metrics | {"epoch": float(len(accuracies)), "step": 78 * len(accuracies)})
+    modules = {n: {"trainable": 64 * r, "rank": k, "remaining": 64 * k} for n, k in ranks.items()}
+    run = {
+        "version": 1, "status": "finished", "method": method, "task": task, "seed": seed, "effective_batch": 32,
+        "arguments": {"lora_r": r, "seed": seed, "model_name_or_path": "here/deberta-v3-base", "reg_orth_coef": 0.0},
+        "steps": 78 * len(accuracies), "metrics": metrics, "history": history, "wall_seconds": 100.0 + seed,
+        "parameters": {"trainable": 64 * r * len(names) + 1000, "lora": 64 * r * len(names), "head": 1000,
+                       "remaining": 64 * sum(ranks.values()), "modules": modules},
+    } | changes  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(run))
+    state = {f"{n}.lora_A": rng.normal(size=(r, 32)).astype("float32") for n in names}
+    state |= {f"{n}.lora_B": rng.normal(size=(32, r)).astype("float32") for n in names}
+    save_file(state, folder / "adapter.safetensors")
+    (folder / "adapter.json").write_text(json.dumps({"lora_alpha": 16}))
+    return run
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at tables alone."""
+    monkeypatch.setattr(report, "draw", lambda *_: ([], []))
+
+
+def text_of(root: Path, *args: str) -> str:
+    assert report.main([str(root), *args]) == 0
+    return (root / "report.md").read_text()
+
+
+# ---- numbers ----
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.integers(0, 10**6))
+def test_singular_values_are_those_of_the_full_update(r: int, inner: int, outer: int, gated: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lora_A, lora_B = rng.normal(size=(r, inner)), rng.normal(size=(outer, r))
+    diagonal = rng.normal(size=r) * (rng.random(r) < 0.7) if gated else None
+    full = 1.5 * lora_B @ np.diag(np.ones(r) if diagonal is None else diagonal) @ lora_A
+    expected = np.linalg.svd(full, compute_uv=False)[: min(r, inner, outer)]
+    found = singular_values(lora_A, lora_B, diagonal, scaling=-1.5)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_effective_rank_between_one_and_the_number_of_directions() -> None:
+    assert effective_rank(np.full(7, 0.3)) == pytest.approx(7)
+    assert effective_rank(np.array([2.0, 0, 0])) == pytest.approx(1)
+    assert effective_rank(np.zeros(3)) == 0
+    values = np.array([4.0, 2, 1, 1])
+    assert effective_rank(values) == pytest.approx(np.exp(stats.entropy(values))) == effective_rank(10 * values)
+
+
+def test_adapter_spectra_know_gates_and_scaling(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    A, B, gate = rng.normal(size=(4, 10)), rng.normal(size=(6, 4)), np.array([[1.0, 0, -2, 0]])
+    save_file({"x.lora_A": A, "x.lora_B": B, "x.lora_gate": gate}, tmp_path / "adapter.safetensors")
+    (tmp_path / "adapter.json").write_text('{"lora_alpha": 8}')
+    expected = np.linalg.svd(2 * B @ np.diag(gate[0]) @ A, compute_uv=False)[:4]
+    np.testing.assert_allclose(adapter_spectra(tmp_path)["x"], expected, atol=1e-12)
+    (tmp_path / "adapter.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="adapter.safetensors is cut short"):
+        adapter_spectra(tmp_path)
+
+
+def test_paired_interval_is_scipys() -> None:
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.normal(1, 1, 6), rng.normal(0, 1, 6)
+    # seed 9 has no partner and does not count
+    n, mean, half = report.paired(dict(enumerate(ours)) | {9: 100.0}, dict(enumerate(theirs)))
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert n == 6 and (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    assert report.verdict(2, 5.0, float("inf")) == "too small to tell (n = 2)"
+    assert [report.verdict(5, m, 1.0) for m in (-2, 0.5, 2)] == ["lower", "no difference seen", "higher"]
+
+
+def test_published_rows_average_as_the_papers_say() -> None:
+    """GLUE's rule: a task counts once, MNLI and QQP with the mean of their two numbers."""
+    for paper in json.loads((ROOT / "scripts" / "published.json").read_text()).values():
+        for row in paper["rows"]:
+            by_task: dict[str, list[float]] = {}
+            for column, value in zip(paper["columns"], row["values"], strict=True):
+                by_task.setdefault(column.split()[0], []).append(value)
+            if row["values"][0] is not None:
+                mean = statistics.mean(statistics.mean(values) for values in by_task.values())
+                assert mean == pytest.approx(row["average"], abs=0.01), row  # the papers cut rather than round
+
+
+# ---- the report ----
+
+
+def test_table_holds_mean_deviation_and_every_run(tmp_path: Path) -> None:
+    last: dict[str, list[float]] = {}
+    for method, r in METHODS.items():
+        for seed in (1, 2, 3):
+            run = make_run(tmp_path / "rte" / method / f"seed{seed}", method, seed=seed, r=r)
+            last.setdefault(method, []).append(100 * run["metrics"]["eval_accuracy"])
+    make_run(tmp_path / "rte" / "lora-orth" / "seed1", "lora", arguments={"lora_r": 8, "seed": 1, "reg_orth_coef": 0.1})
+    make_run(tmp_path / "rte" / "sora" / "seed4", "sora", seed=4, status="diverged")
+    cut = tmp_path / "rte" / "sora" / "seed5"
+    make_run(cut, "sora", seed=5)
+    (cut / "run.json").write_text((cut / "run.json").read_text()[:-40])
+    killed = tmp_path / "rte" / "sora" / "seed6"
+    (killed / "checkpoint-5").mkdir(parents=True)
+    (killed / "run.log").write_text("training\nrun_glue.py: error: the disk is full\n")
+    text = text_of(tmp_path)
+    for method, values in last.items():
+        expected = f"| {method} | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} (n=3) |"
+        assert expected in text
+    difference = np.subtract(last["adalora"], last["lora"])
+    assert f"| rte, adalora | 3 | {difference.mean():+.2f} |" in text
+    assert "| rte, lora-orth | 1 |" in text and "too small to tell (n = 1)" in text
+    listed = text[text.index("## Runs that do not count") :]
+    assert "`rte/sora/seed4`: sora on rte, seed 4: diverged" in listed
+    assert "`rte/sora/seed5`: its results file is cut short" in listed
+    assert "`rte/sora/seed6`: no results file" in listed and "the disk is full" in listed
+    assert "seed1" not in listed
+    with open(tmp_path / "report.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 * len(METHODS) + 1 + 3
+    first = next(line for line in lines if line["method"] == "adalora" and line["seed"] == "2")
+    assert 100 * float(first["accuracy"]) == pytest.approx(last["adalora"][1])
+    published = text[text.index("## Published") :]
+    assert "| LoRA r=8 | 1.33M | 85.20 | 88.34 |" in published and "arXiv 2303.10512" in published
+    for name in ("curves_rte", "budget_rte", "ranks_rte_adalora", "ranks_rte_sora", "spectra_rte", "comparison"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"({name}.png)" in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_selection_last_best_and_heldout(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "lora", accuracies=[0.5, 0.8, 0.7])
+    for selection, expected in (("last", "70.00"), ("best", "80.00"), ("heldout", "60.00")):
+        text = text_of(tmp_path, "--selection", selection)
+        assert f"| lora | {expected} (n=1) |" in text and f"Selection: **{selection}**" in text
+    make_run(tmp_path / "b", "lora", seed=2, history=[])
+    assert "1 runs hold nothing for this selection" in text_of(tmp_path, "--selection", "heldout")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_mismatched_half_is_no_better_evaluation(tmp_path: Path) -> None:
+    """The final evaluation of MNLI logs its mismatched half under the matched half's names."""
+    run = make_run(tmp_path / "a", "lora", task="mnli", accuracies=[0.5, 0.6])
+    run["history"].append({"eval_accuracy": 0.9, "epoch": 2.0, "step": 156})
+    run["metrics"] |= {"eval_accuracy_mm": 0.9}
+    (tmp_path / "a" / "run.json").write_text(json.dumps(run))
+    assert "| lora | 60.00 / 90.00 (n=1) |" in text_of(tmp_path)
+    assert "| lora | 60.00 / - (n=1) |" in text_of(tmp_path, "--selection", "best")
+
+
+def test_grid_is_named_by_what_differs_and_compared_at_equal_budget(tmp_path: Path) -> None:
+    for r in (2, 4):
+        for method in ("lora", "rm-lora-v2"):
+            for seed in (1, 2, 3):
+                make_run(tmp_path / f"{method},{r}" / f"{seed}", method, seed=seed, r=r)
+    text = text_of(tmp_path)
+    assert "| rte, rm-lora-v2 lora_r=4 | 3 |" in text and "no LoRA run" not in text
+    assert (tmp_path / "frontier_rte.png").exists()
+
+
+def test_stages_are_one_run(tmp_path: Path) -> None:
+    stages = [
+        {"lambda": i * 1e-4, "remaining": 9000 - 1000 * i, "metrics": {"eval_accuracy": 0.6 + i / 100}, "steps": 780}
+        for i in range(3)
+    ]
+    make_run(tmp_path / "s", "sora", stages=stages)
+    for i in range(2):
+        make_run(tmp_path / "s" / f"stage-{i}", "sora", seed=1 + i, accuracies=[0.95 - 0.3 * i, 0.5])
+    text = text_of(tmp_path, "--selection", "best")
+    assert text.startswith("# Results\n\n1 finished runs") and "| sora | 95.00 (n=1) |" in text
+    assert "| rte, sora, seed 1 | 0.0002 | 7,000 | 62.00 |" in text
+    assert "| rte, sora | 1 | " in text and f" | {780 + 2 * 156:,} | " in text
+    assert (tmp_path / "lambda_rte_sora.png").exists()
+
+
+def test_nothing_to_report_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(tmp_path)]) == 2
+    assert "no run.json below" in capsys.readouterr().err
+
+
+def test_report_does_not_wait_for_torch() -> None:
+    code = "import sys, runpy; runpy.run_path(sys.argv[1]); print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "scripts" / "report.py")], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+# ---- figures ----
+
+
+@cache
+def all_figures() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    names = [f"{m}{v}" for m in METHODS for v in ("", " lora_r=16", " learning_rate=0.0005")]
+    x = list(range(1, 21))
+    bands = {n: (x, 80 + rng.random(20), np.ones(20)) for n in names}
+    ranks = {f"deberta.encoder.layer.{i}.{kind}": float(rng.integers(0, 13)) / 2 for i in range(24) for kind in KINDS}
+    stages = [{"lambda": i * 1e-4, "remaining": 1_300_000 - i * 100_000, "metrics": {"m": 0.8}} for i in range(7)]
+    dots = {n: (80 + rng.random(5)).tolist() for n in names}
+    return {
+        "heatmap": figures.rank_heatmap(ranks, "mnli, adalora learning_rate=0.0005: rank left\nmean of 5 seed(s)", 12),
+        "small heatmap": figures.rank_heatmap(
+            {"model.0.dense": 2.0}, "rte, sora: rank left of 8\nmean of 2 seed(s)", 8
+        ),
+        "curves": figures.curves({"accuracy (%)": bands, "validation loss": bands}, "epoch", "rte: mean over seeds"),
+        "comparison": figures.comparison({t: ("accuracy (%)", dots) for t in ("rte", "mrpc", "mnli", "cola")}, "dots"),
+        "frontier": figures.frontier({n: [(1e5, 80, 1), (1e6, 81, 1)] for n in names}, "accuracy (%)", "rte: budget"),
+        "stages": figures.stages([stages] * 3, "m", "accuracy (%)", "rte, sora"),
+        "spectra": figures.spectra({n: (np.exp(-np.arange(8.0)), rng.random(72) * 8) for n in names}, "rte: updates"),
+    }
+
+
+@pytest.mark.parametrize("name", ["heatmap", "small heatmap", "curves", "comparison", "frontier", "stages", "spectra"])
+def test_nothing_is_cut(name: str) -> None:
+    figure = all_figures()[name]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = figure.get_tightbbox(canvas.get_renderer())  # of everything with ink, in inches
+    width, height = figure.get_size_inches()
+    assert min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > -0.01
+    assert np.ptp(figures.as_image(figure)) == 255
+
+
+def test_heatmap_has_a_cell_for_each_layer_and_kind() -> None:
+    ranks = {f"bert.encoder.layer.{i}.{kind}": float(10 * i + k) for i in (0, 3) for k, kind in enumerate(KINDS)}
+    kinds, layers, values = figures.rank_grid(ranks)
+    assert kinds == ["query_proj", "key_proj", "value_proj", "attention.output", "intermediate", "output"]
+    assert layers == [0, 3] and values[:, 1].tolist() == [30, 31, 32, 33, 34, 35]
+
+
+def test_a_method_has_one_colour_and_no_two_share_it() -> None:
+    names = ["lora", "lora lora_r=2", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "lora-orth", "full", "mine"]
+    colours = {name: figures.style(name, names)["color"] for name in names}
+    assert colours["lora"] == colours["lora lora_r=2"] and len(set(colours.values())) == len(names) - 1
+    assert figures.style("lora", names) != figures.style("lora lora_r=2", names)

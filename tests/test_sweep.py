@@ -1,0 +1,285 @@
+"""Sweeps: what is run and where, what is recognised, and that nothing of a run outlives its worker."""
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SWEEP = ROOT / "scripts" / "sweep.py"
+
+
+def load() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("sweep", SWEEP)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweep"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+sweep = load()
+
+# Stands for an entry point: writes the results file in no time. Seed 3 never succeeds; seed 2 only after a failure.
+ENTRY = """
+import json, os, sys
+arguments = {a: b for a, b in zip(sys.argv, sys.argv[1:])}
+out, seed = arguments["--output_dir"], int(arguments["--seed"])
+os.makedirs(out, exist_ok=True)
+first = not os.path.exists(os.path.join(out, "tried"))
+open(os.path.join(out, "tried"), "w").close()
+print("threads", os.environ["OMP_NUM_THREADS"], "gpus", repr(os.environ["CUDA_VISIBLE_DEVICES"]), flush=True)
+if seed == 3 or seed == 2 and first:
+    sys.exit(f"seed {seed} fails")
+run = {"version": 1, "status": "finished", "method": "mine", "task": arguments["--task_name"], "seed": seed,
+       "arguments": {"lora_r": int(arguments.get("--lora_r", 1))}, "metrics": {"eval_accuracy": 0.5}}
+with open(os.path.join(out, "run.json"), "w") as file:
+    file.write(json.dumps(run, indent=2) + "\\n")
+"""
+
+
+def jobs(*argv: str) -> list[Any]:
+    return sweep.plan(*sweep.make_parser().parse_known_args(list(argv)))
+
+
+def wait_for(condition: Any, seconds: float) -> Any:
+    """The first true value of `condition()`, or the last one."""
+    end = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return value
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that waits for its parent to notice its end does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ---- planning ----
+
+
+def test_layout_and_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run_glue.py").write_text("")
+    found = jobs("--tasks", "mrpc,rte", "--methods", "sora,mine/run_glue.py", "--seeds", "1-2,5", "--output", "out",
+                 "--grid", "lora_r=4,8", "--only", "sora:--sparse_lr 1e-3", "--max_steps", "9")  # fmt: skip
+    assert len(found) == 2 * 2 * 3 * 2 == len({job.folder for job in found})
+    first = found[0]
+    assert first.folder == tmp_path / "out" / "mrpc" / "sora,lora_r=4" / "seed1"
+    words = [str(ROOT / "scripts" / "mrpc.sh"), "sora", "--max_steps", "9", "--sparse_lr", "1e-3", "--lora_r", "4"]
+    assert first.command == ["bash", *words, "--seed", "1", "--output_dir", str(first.folder)]
+    own = next(job for job in found if job.folder.parent.name == "mine,lora_r=8")
+    assert own.command[2] == str(tmp_path / "mine" / "run_glue.py") and "--sparse_lr" not in own.command
+    assert [job.seed for job in found[:: len(found) // 3]] == [1, 2, 5]  # each seed's runs before the next seed's
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"--tasks": "mrcp"}, "task 'mrcp' has no script: use cola, mnli, mrpc"),
+        ({"--tasks": "launch"}, "task 'launch' has no script"),
+        ({"--methods": "lorra"}, "method 'lorra' is neither a file nor one of lora"),
+        ({"--grid": "lora_r"}, "--grid 'lora_r' cannot be read"),
+        ({"--only": "sora:--x 1"}, "--only 'sora:--x 1' cannot be read"),
+        ({"--seeds": "1,1"}, "two runs would share"),
+        ({"--output_dir": "x"}, "--output_dir is set by the sweep"),
+    ],
+)
+def test_refusals(changes: dict[str, str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"--tasks": "mrpc", "--methods": "lora", "--seeds": "1"} | changes
+    assert sweep.main([word for pair in flags.items() for word in pair]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1
+
+
+def test_without_ray_it_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        monkeypatch.setattr(signal, "signal", lambda *_, name=name: None)
+    assert sweep.main(["--tasks", "mrpc", "--methods", "lora", "--seeds", "1", "--output", str(tmp_path)]) == 2
+    assert "Ray, which is not installed: pip install -e" in capsys.readouterr().err
+
+
+def test_finished_runs_are_known_by_their_results(tmp_path: Path) -> None:
+    job = jobs("--tasks", "mrpc", "--methods", "lora", "--seeds", "1", "--output", str(tmp_path), "--lora_r", "8",
+               "--learning_rate=1e-3", "--bf16")[0]  # fmt: skip
+    assert sweep.result(job) is None and not sweep.finished(job)
+    job.folder.mkdir(parents=True)
+    good = {"status": "finished", "arguments": {"lora_r": 8, "learning_rate": 0.001, "bf16": True}}
+    text = json.dumps(good)
+    (job.folder / "run.json").write_text(text[:-5])
+    assert sweep.result(job) == {} and not sweep.finished(job)
+    (job.folder / "run.json").write_text(text.replace("finished", "diverged"))
+    assert not sweep.finished(job)
+    (job.folder / "run.json").write_text(text)
+    assert sweep.finished(job)
+    sweep.check_settings(job)
+    (job.folder / "run.json").write_text(text.replace("0.001", "0.002"))
+    with pytest.raises(sweep.InputError, match="finished run with learning_rate 0.002, and 1e-3 is asked for now"):
+        sweep.check_settings(job)
+
+
+def test_progress_counts_and_estimates() -> None:
+    progress = sweep.Progress(total=10, skipped=2, slots=2)
+    progress.running = 2
+    assert progress.line() == "2 of 10 done, 2 running, 0 failed, 6 left"
+    progress.done, progress.failed, progress.seconds = 3, 1, [600.0]
+    # 4 left and 2 half-way, two at a time, ten minutes each
+    assert progress.line() == "3 of 10 done, 2 running, 1 failed, 4 left, about 25 min to go"
+    progress.seconds = [7200.0]
+    assert progress.line().endswith("about 5 h 0 min to go")
+
+
+class FakeRay:
+    """A cluster of given machines."""
+
+    def __init__(self, *machines: dict[str, float]) -> None:
+        self.machines = machines
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": machine} for machine in self.machines]
+
+
+def test_resources_of_a_run_and_runs_at_a_time() -> None:
+    two = FakeRay({"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0, "GPU": 1.0})
+    assert sweep.resources(two, None, None) == (1, 4, 5)
+    assert sweep.resources(two, 0.5, 1) == (0.5, 1, 10)
+    assert sweep.resources(two, 2, 8) == (2, 8, 2)  # the second machine is too small
+    assert sweep.resources(FakeRay({"CPU": 2.0}), None, None) == (0, 2, 1)
+    for gpus, cpus, sentence in (
+        (1, None, "gpus_per_run is 1 and the largest machine has 0 GPUs: give --gpus_per_run 0 to run on CPUs"),
+        (1.5, None, "gpus_per_run is 1.5, it must be a whole number, or a share below 1"),
+        (0, 3, "cpus_per_run is 3 and the largest machine has 2 CPUs: lower --cpus_per_run"),
+        (0, 0, "cpus_per_run is 0, it must be above 0"),
+    ):
+        with pytest.raises(sweep.InputError) as error:
+            sweep.resources(FakeRay({"CPU": 2.0}), gpus, cpus)
+        assert sentence in str(error.value)
+
+
+# ---- nothing outlives its worker ----
+
+FAMILY = "sleep 100 & setsid sleep 100 & echo $$ $(jobs -p) $(pgrep -P $$ sleep) > pids; wait"
+
+
+def start_family(folder: Path) -> tuple[subprocess.Popen[bytes], set[int]]:
+    """A worker with a guard whose run has children, one of them in a session of its own; and all their pids."""
+    code = (
+        "import os, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:3], str(os.getpid()), *sys.argv[3:]])"
+    )
+    command = [str(SWEEP), "--guard", str(folder), "bash", "-c", f"cd {shlex.quote(str(folder))}; {FAMILY}"]
+    worker = subprocess.Popen([sys.executable, "-c", code, *command], start_new_session=True)
+    pids = folder / "pids"
+    assert wait_for(lambda: pids.exists() and len(pids.read_text().split()) >= 3, 20)
+    found = {int(pid) for pid in pids.read_text().split()}
+    return worker, found | {int(Path(f"/proc/{min(found)}/stat").read_text().rpartition(")")[2].split()[1])}
+
+
+def test_killing_the_worker_ends_all_of_its_run(tmp_path: Path) -> None:
+    worker, family = start_family(tmp_path)
+    assert len(family) >= 4 and all(map(alive, family))
+    worker.kill()
+    worker.wait()
+    assert wait_for(lambda: not any(map(alive, family)), 20), [pid for pid in family if alive(pid)]
+
+
+def test_second_attempt_waits_for_the_first(tmp_path: Path) -> None:
+    worker, family = start_family(tmp_path)
+    try:
+        with open(tmp_path / sweep.LOCK_FILE) as lock, pytest.raises(SystemExit, match="another process trains in"):
+            sweep.wait_for_lock(lock, 0.3, tmp_path)
+    finally:
+        worker.kill()
+        worker.wait()
+    with open(tmp_path / sweep.LOCK_FILE) as lock:
+        sweep.wait_for_lock(lock, 20, tmp_path)
+    assert not any(map(alive, family))
+
+
+def run_sweep(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT", "SEED", "NPROC", "CUDA_VISIBLE_DEVICES")}
+    return subprocess.run([sys.executable, str(SWEEP), *argv], env=clean | env, capture_output=True, text=True)
+
+
+def test_sweep_on_ray(tmp_path: Path) -> None:
+    """With Ray: failures are retried once, logged, and stop nothing. Without: the sentence that says what to do."""
+    entry = tmp_path / "mine.py"
+    entry.write_text(ENTRY)
+    out = tmp_path / "out"
+    argv = ["--tasks", "rte", "--methods", str(entry), "--seeds", "1-3", "--output", str(out), "--lora_r", "4",
+            "--gpus_per_run", "0", "--cpus_per_run", "1"]  # fmt: skip
+    if importlib.util.find_spec("ray") is None:
+        done = run_sweep(*argv)
+        assert done.returncode == 2 and "Ray, which is not installed" in done.stderr
+        return
+    half = out / "rte" / "mine" / "seed1"
+    half.mkdir(parents=True)
+    (half / "run.json").write_text('{\n  "status": "fini')
+    done = run_sweep(*argv)
+    assert done.returncode == 1, done.stderr
+    assert f"{half / 'run.json'} is cut short: that run is done again." in done.stdout
+    assert "2 of 3 done, 0 running, 1 failed, 0 left" in done.stdout
+    assert "failed: rte/mine/seed3: seed 3 fails" in done.stdout
+    attempts = [(out / "rte" / "mine" / f"seed{s}" / "run.log").read_text().count("== bash") for s in (1, 2, 3)]
+    assert attempts == [1, 2, 2]
+    assert "threads 1 gpus ''" in (half / "run.log").read_text()
+    entry.write_text(ENTRY.replace("seed == 3 or", ""))
+    before = (half / "run.json").stat().st_mtime_ns
+    done = run_sweep(*argv)
+    assert done.returncode == 0 and "3 of 3 done" in done.stdout, done.stderr
+    assert (half / "run.json").stat().st_mtime_ns == before  # finished runs are left alone
+    assert "all 3 runs are finished" in run_sweep(*argv).stdout
+    wrong = run_sweep(*argv, "--lora_r", "5")
+    assert wrong.returncode == 2 and "finished run with lora_r 4, and 5 is asked for now" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
+    """SIGKILL of Ray's worker in the middle of a run: the run goes on from its checkpoint to the same bytes."""
+    pytest.importorskip("ray")
+    embedded = tmp_path / "embedded"
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "embedded.py"), "--out", str(embedded)], check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    base = Path(done.stdout.split()[-1])
+    env = {"MODEL": str(base / "deberta-v3-tiny"), "DATA": str(base / "mrpc"), "HF_HUB_OFFLINE": "1"}
+    argv = ["--tasks", "mrpc", "--methods", "rm-lora-v1", "--seeds", "1", "--cpus_per_run", "1",
+            "--max_seq_length", "40", "--max_train_samples", "256", "--num_train_epochs", "20",
+            "--save_steps", "10"]  # fmt: skip
+    assert run_sweep(*argv, "--output", str(tmp_path / "straight"), **env).returncode == 0
+    killed = tmp_path / "killed"
+    folder = killed / "mrpc" / "rm-lora-v1" / "seed1"
+    process = subprocess.Popen([sys.executable, str(SWEEP), *argv, "--output", str(killed)], env=os.environ | env,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert wait_for(lambda: (folder / "checkpoint-20" / "checkpoint.json").exists(), 120)
+    (guard,) = [p.parent for p in Path("/proc").glob("*/cmdline") if _is_guard(p, folder)]
+    worker = int((guard / "stat").read_text().rpartition(")")[2].split()[1])
+    family = sweep.descendants(worker)
+    os.kill(worker, signal.SIGKILL)
+    assert wait_for(lambda: not any(map(alive, family)), sweep.GRACE + 10)
+    assert "lost its worker" in process.communicate(timeout=300)[0] and process.returncode == 0
+    assert "going on from" in (folder / "run.log").read_text()
+    straight = tmp_path / "straight" / "mrpc" / "rm-lora-v1" / "seed1" / "adapter.safetensors"
+    assert (folder / "adapter.safetensors").read_bytes() == straight.read_bytes()
+
+
+def _is_guard(cmdline: Path, folder: Path) -> bool:
+    try:
+        words = cmdline.read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"--guard" in words and str(folder).encode() in words
