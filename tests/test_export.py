@@ -659,8 +659,8 @@ def test_the_best_checkpoint_comes_back_exactly(
         entry_point(method).main(
             f"{flags} --model_name_or_path {tiny_model_dir} --dataset_name {mrpc_dir} --max_seq_length 32 "
             "--report_to none --disable_tqdm True --apply_lora --lora_r 2 --lora_alpha 4 --do_train --do_eval "
-            "--max_steps 6 --eval_steps 1 --learning_rate 0.3 --eval_strategy steps --save_strategy steps --save_steps 1 "
-            "--load_best_model_at_end --metric_for_best_model loss --greater_is_better True "
+            "--max_steps 6 --eval_steps 1 --learning_rate 0.3 --eval_strategy steps --save_strategy steps "
+            "--save_steps 1 --load_best_model_at_end --metric_for_best_model loss --greater_is_better True "
             f"--output_dir {run}".split()
         )
         best = Path(json.loads((run / "trainer_state.json").read_text())["best_model_checkpoint"])
