@@ -205,7 +205,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold one mapping of flag names to values.")
