@@ -72,7 +72,7 @@ class RankAllocator:
         self.threshold: Tensor | None = None  # scalar on the device; None until the first mask
 
     def schedule(self, step: int) -> tuple[int, bool]:
-        """Budget (total singular values) and whether a mask is due at this step (ledger A4; paper eq. 8)."""
+        """Budget (total singular values) and whether a mask is due at this step (ledger A4; paper eq. 12)."""
         if step <= self.init_warmup:
             return self.total_rank, False
         if step > self.total_step - self.final_warmup:
@@ -101,7 +101,7 @@ class RankAllocator:
         return masked
 
     def _update_importance(self) -> None:
-        """I = |p grad|; Ibar and U are its average and the average of |I - Ibar| (ledger A1; paper eq. 9 to 11)."""
+        """I = |p grad|; Ibar and U are its average and the average of |I - Ibar| (ledger A1; paper eq. 8 to 10)."""
         gradients: list[Any] = [p.grad for p in self.parameters]
         products = list(torch._foreach_mul([p.detach() for p in self.parameters], gradients))
         torch._foreach_abs_(products)
@@ -113,7 +113,7 @@ class RankAllocator:
         torch._foreach_lerp_(self.uncertainty, deviations, 1 - self.beta2)
 
     def scores(self) -> Tensor:
-        """Score of every triplet, (matrices, r) (ledger A5; paper eq. 7): E's, A's row mean, B's column mean."""
+        """Score of every triplet, (matrices, r) (ledger A5; paper eq. 7, 11): E's, A's row mean, B's column mean."""
         scores = torch._foreach_mul(self.importance, self.uncertainty)
         n = len(self.names)
         score = torch.stack(scores[2 * n :]).squeeze(2)

@@ -46,7 +46,8 @@ class _LowRankProduct(torch.autograd.Function):
         x, z, weight, lora_A, lora_B, diagonal, scaled_A, u = ctx.saved_tensors
         s = ctx.scaling
         need_x, need_z, need_weight, need_bias, need_A, need_B, need_diagonal, _ = ctx.needs_input_grad
-        grad_x = grad_z = grad_weight = grad_bias = grad_A = grad_B = grad_diagonal = None
+        grad_x = grad_z = grad_weight = grad_bias = grad_B = grad_diagonal = None
+        grad_A: Any = None
         # `addmm` with beta 0 ignores its first argument: a product and its scaling in one operation
         if need_B:
             grad_B = torch.addmm(lora_B, g.t(), u, beta=0, alpha=s)

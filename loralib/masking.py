@@ -40,7 +40,7 @@ class RandomMask:
         Args:
             key: optimizer step or number of completed epochs (`mask_resample`).
         """
-        # two independent streams of one seed: mixing by a large odd number keeps (seed, key) pairs apart
+        # one stream for each (seed, key): the large odd factor keeps neighbouring seeds from sharing streams
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + key) % 2**63)
         noise = torch.rand(2 if self.version == "v2" else 1, len(self.names), self.r, generator=generator)
         kept = noise.argsort(dim=-1)[..., : self.random_rank]
