@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +24,8 @@ from loralib.export import load_adapter
 from loralib.layers import LoRALinear
 from loralib.trainer import LoRATrainer
 
-VARIANTS = Path(__file__).parent / "variants"
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = ROOT / "tests" / "variants"
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +189,23 @@ def test_variants_are_exported(
             out = export_adapter.main([str(run), "--to", "merged", "--layer", layer])
             got = AutoModelForSequenceClassification.from_pretrained(out)
         _close(_logits(got, ids), expected)
+
+
+def test_a_variant_is_a_method_of_scripts_and_report(
+    variant: Callable[[str], Any], tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of scripts/mrpc.sh PATH, run twice with different seeds; the report has a row for the variant."""
+    import report
+
+    place = {"MODEL": str(tiny_model_dir), "DATA": str(mrpc_dir), "OUTPUT": str(tmp_path), "PYTHON": sys.executable}
+    own = "--apply_lora --lora_r 4 --lora_alpha 8 --max_steps 2 --max_seq_length 32 --report_to none --use_cpu"
+    for seed in ("1", "2"):
+        call = ["bash", str(ROOT / "scripts" / "mrpc.sh"), str(VARIANTS / "rslora.py"), *own.split()]
+        environment = os.environ | place | {"SEED": seed, "DRY_RUN": "1", "NPROC": "1"}
+        said = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
+        python, file, *argv = shlex.split(said.strip().splitlines()[-1])
+        assert (python, file) == (sys.executable, str(VARIANTS / "rslora.py"))
+        monkeypatch.setattr(sys, "argv", [file, *argv])
+        variant("rslora").main()
+    report.main([str(tmp_path), "--out", str(tmp_path / "report")])
+    assert re.search(r"^\| rslora \| .*\(n=2\) \|$", (tmp_path / "report" / "report.md").read_text(), flags=re.M)
