@@ -175,8 +175,8 @@ def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str
     for name, (singular, _) in values.items():
         shown = np.maximum(singular, 1e-12)
         left.semilogy(range(1, len(shown) + 1), shown, label=name, markersize=4, **style(name, names))
-    top = max((singular.max(initial=0.0) for singular, _ in values.values()), default=1.0) or 1.0
-    left.set_ylim(1e-4 * top, 2 * top)  # what was pruned is 0 and falls out below
+    largest = [singular.max() for singular, _ in values.values() if singular.max(initial=0.0) > 0] or [1.0]
+    left.set_ylim(1e-4 * min(largest), 2 * max(largest))  # what was pruned is 0 and falls out below
     left.set_xlabel("index of the singular value")
     left.set_ylabel("singular value of B A, mean over matrices")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,99 @@
+"""What is looked at whenever a run evaluates: ranks and spectrum in history and TensorBoard, and the held-out half."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from loralib.export import read_state
+from loralib.glue.data import GlueData
+from loralib.glue.tasks import GLUE
+from loralib.glue.watch import HELDOUT, split_heldout
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(path: str) -> ModuleType:
+    """A file as a module."""
+    name = "watched_" + path.replace("/", "_").replace("-", "_").removesuffix(".py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def halves(rows: int, seed: int) -> dict[str, Dataset]:
+    data = GlueData(GLUE["mnli"], None, {k: Dataset.from_dict({"idx": range(rows)}) for k in ("mnli", "mnli-mm")}, {})
+    split_heldout(data, seed)
+    return data.evals
+
+
+@pytest.mark.parametrize("rows", [10, 277])
+def test_halves_are_disjoint_complete_and_fixed_by_the_seed(rows: int) -> None:
+    found = halves(rows, 1)
+    choose, report = set(found["mnli"]["idx"]), set(found[HELDOUT]["idx"])
+    assert not choose & report and choose | report == set(range(rows)) and abs(len(choose) - len(report)) <= 1
+    assert len(found["mnli-mm"]) == rows
+    assert list(found["mnli"]["idx"]) == sorted(choose) == list(halves(rows, 1)["mnli"]["idx"])
+    assert set(halves(rows, 2)["mnli"]["idx"]) != choose
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short AdaLoRA run with --heldout_split on the embedded model, not pre-trained."""
+    folder = tmp_path_factory.mktemp("watch")
+    embedded = load("scripts/embedded.py")
+    embedded.build_data(folder / "mrpc", train=48, validation=31, test=2)
+    embedded.build_model(folder / "model", steps=0)
+    load("AdaLoRA/run_glue.py").main(
+        f"--model_name_or_path {folder / 'model'} --dataset_name {folder / 'mrpc'} --output_dir {folder / 'out'} "
+        "--do_train --do_eval --eval_strategy epoch --num_train_epochs 2 --per_device_train_batch_size 8 "
+        "--learning_rate 5e-2 --max_seq_length 24 --apply_lora --lora_type svd --apply_adalora --lora_r 4 "
+        "--lora_alpha 8 --target_rank 2 --init_warmup 7 --final_warmup 2 --mask_interval 1 --heldout_split 3 --use_cpu "
+        "--disable_tqdm 1 --report_to tensorboard".split()
+    )
+    return folder / "out"
+
+
+def test_history_has_the_ranks_and_spectrum_of_each_evaluation(finished: Path) -> None:
+    run = json.loads((finished / "run.json").read_text())
+    watched = [e for e in run["history"] if "effective_rank" in e]
+    assert [e["step"] for e in watched] == [6, 12]
+    state = {k: v.double() for k, v in read_state(finished).items()}
+    names = [k.removesuffix(".lora_A") for k in state if k.endswith("lora_A")]
+    assert watched[0]["rank_total"] == 4 * len(names)  # t_i lies behind the first evaluation
+    assert watched[1]["rank_total"] == 2 * len(names) == run["target_total_rank"]
+    effective, remaining = [], 0
+    for name in names:
+        A, B, E = (state[f"{name}.lora_{kind}"] for kind in "ABE")
+        values = torch.linalg.svdvals(B @ (E * A))[:4]
+        share = values[values > 1e-9] / values.sum()
+        effective.append(float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0)
+        remaining += int(E.count_nonzero()) * (A.shape[1] + B.shape[0])
+    assert watched[1]["effective_rank"] == pytest.approx(np.mean(effective), rel=1e-4)
+    assert watched[1]["remaining"] == remaining == run["parameters"]["remaining"]
+
+
+def test_heldout_half_is_evaluated_whenever_the_other_is(finished: Path) -> None:
+    run = json.loads((finished / "run.json").read_text())
+    heldout = [e for e in run["history"] if "heldout_accuracy" in e]
+    assert [e["step"] for e in heldout] == [6, 12] and run["metrics"]["eval_samples"] == 16
+    assert run["heldout"]["heldout_accuracy"] == heldout[-1]["heldout_accuracy"]
+    right = 15 * heldout[-1]["heldout_accuracy"]  # 15 rows, apart from the 16
+    assert right == pytest.approx(round(right))
+
+
+def test_tensorboard_has_each_matrix_and_the_heatmap(finished: Path) -> None:
+    events = EventAccumulator(str(next((finished / "runs").rglob("events*")).parent), size_guidance={"images": 0})
+    events.Reload()
+    assert [e.step for e in events.Images("Watch/ranks")] == [6, 12]
+    matrices = [tag for tag in events.Tags()["scalars"] if tag.startswith("EffectiveRank/")]
+    assert len(matrices) == 12 and "Watch/rank_total" in events.Tags()["scalars"]
