@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     packages=["loralib", "loralib.glue"],
     package_data={"loralib": ["py.typed"], "loralib.glue": ["*.py"]},
-    # Each range was tried at both ends; constraints.txt holds the exact versions that the tests run with.
+    # constraints.txt holds the versions that the tests run with, constraints-oldest.txt those of test.sh --oldest.
     install_requires=[
         "torch>=2.11,<2.14",
         "transformers>=5.17,<5.24",
