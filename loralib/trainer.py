@@ -107,6 +107,12 @@ class LoRATrainer(Trainer):
         kwargs: as the stock Trainer.
     """
 
+    # The stock annotations are unions with None that hold for a Trainer without a model or data.
+    args: Any
+    model: Any
+    train_dataset: Any
+    processing_class: Any
+
     def __init__(
         self,
         *,
@@ -131,7 +137,7 @@ class LoRATrainer(Trainer):
         self._penalty_now: tuple[Tensor, list[nn.Parameter], list[Tensor]] | None = None
         self._penalty_sum = torch.zeros((), device=self.args.device)
         self._penalty_steps = 0
-        self._first_bad_step = torch.full((), -1, dtype=torch.long, device=self.args.device)
+        self._watched: list[tuple[int, Tensor]] = []  # (step, scalar on the device) since the last look
         self._resumed: tuple[str, dict[str, Any]] | None = None  # checkpoint and its progress, until training begins
         self._initial: dict[str, Any] | None = None  # for auto_find_batch_size
         self._length_sampler: LengthGroupedSampler | None = None
@@ -229,7 +235,7 @@ class LoRATrainer(Trainer):
         self._penalty_now = None
         self._penalty_sum.zero_()
         self._penalty_steps = 0
-        self._first_bad_step.fill_(-1)
+        self._watched = []
         self._finished = self._save_due = False
         self._saved_step = -1
         self._train_began = time.time()
@@ -413,9 +419,10 @@ class LoRATrainer(Trainer):
         return norm
 
     def _watch(self, value: Tensor) -> None:
-        """Keep, on the device, the first step with a value that is not finite."""
-        first = (self._first_bad_step < 0) & ~torch.isfinite(value.to(self._first_bad_step.device))
-        self._first_bad_step = torch.where(first, self.state.global_step, self._first_bad_step)
+        """Keep a loss or norm of this step; looked at together, so a step costs no operation and no waiting."""
+        self._watched.append((self.state.global_step, value.detach()))
+        if len(self._watched) >= 2000:  # where nothing is logged or saved
+            self.check_finite()
 
     def _differentiate(self, penalty: Callable[[], Tensor]) -> tuple[Tensor, list[nn.Parameter], list[Tensor]]:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -459,15 +466,22 @@ class LoRATrainer(Trainer):
     def check_finite(self) -> None:
         """Stop the run when a loss or gradient norm was not finite.
 
-        The flag is kept on the device and read only here, where one logs or saves.
+        The values are kept on the device and read only here, where one logs or saves.
 
         Raises:
             RunDiverged: names the first step in question and the last good checkpoint; on all processes together.
         """
-        first = int(self.accelerator.gather(self._first_bad_step.view(1)).max())
-        if first >= 0:
+        never = 2**62
+        first = torch.full((1,), never, device=self.args.device)
+        if self._watched:
+            steps = torch.tensor([step for step, _ in self._watched], device=self.args.device)
+            finite = torch.isfinite(torch.stack([value.to(self.args.device) for _, value in self._watched]))
+            first = torch.where(finite, never, steps).min().view(1)
+            self._watched = []
+        step = int(self.accelerator.gather(first).min())
+        if step < never:
             raise RunDiverged(
-                f"the loss or its gradient became NaN or infinite at step {first + 1} (noticed at step "
+                f"the loss or its gradient became NaN or infinite at step {step + 1} (noticed at step "
                 f"{self.state.global_step}, learning rate {self._get_learning_rate():.3g}): "
                 f"{self._last_good_checkpoint()}; lower --learning_rate, warm up, or use bf16 or float32, not fp16."
             )

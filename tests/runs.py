@@ -184,7 +184,8 @@ def start(target: Callable[..., None], *arguments: Any) -> multiprocessing.proce
     context.set_forkserver_preload(["runs"])
     paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for the server, which is started with the first process
+    # for the server, which is started with the first process
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, before] if before else paths)
     try:
         process = context.Process(target=target, args=arguments)
         process.start()
