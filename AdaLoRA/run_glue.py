@@ -62,7 +62,9 @@ class AdaLoRAArguments(LoRAArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_type not in ("frd", "svd"):
-            raise InputError(f"lora_type is {self.lora_type!r}, it must be frd or svd here (v1 and v2: RM-LoRA/run_glue.py).")
+            raise InputError(
+                f"lora_type is {self.lora_type!r}, it must be frd or svd here (v1 and v2: RM-LoRA/run_glue.py)."
+            )
         if self.reg_orth_coef < 0:
             raise InputError(f"reg_orth_coef is {self.reg_orth_coef}, it must be 0 or more.")
         if not self.apply_adalora:
@@ -75,12 +77,18 @@ class AdaLoRAArguments(LoRAArguments):
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, it must lie between 0 and 1, both excluded.")
-        for name, least in (("mask_interval", 1), ("init_warmup", 0), ("final_warmup", 0), ("tb_writter_loginterval", 1)):
+        for name, least in (
+            ("mask_interval", 1),
+            ("init_warmup", 0),
+            ("final_warmup", 0),
+            ("tb_writter_loginterval", 1),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
         if self.target_rank is not None and not 1 <= self.target_rank < self.lora_r:
             raise InputError(
-                f"target_rank is {self.target_rank}, it must lie in 1 to {self.lora_r - 1}, below lora_r = {self.lora_r}."
+                f"target_rank is {self.target_rank}, it must lie in 1 to {self.lora_r - 1}, below lora_r = "
+                f"{self.lora_r}."
             )
 
 

@@ -48,7 +48,9 @@ class RMLoRAArguments(LoRAArguments):
     random_rank: int | None = flag(None, "Directions of each matrix that receive a gradient, 1 to lora_r.")
     reg_orth_coef: float = flag(0.0, "lambda: weight of the orthogonality penalty.")
     mask_resample: str = flag("step", "Draw anew at each optimizer step, or at each epoch.", choices=["step", "epoch"])
-    as_released: bool = flag(False, "Mask as the released code does: not at the first step, later the head's gradient too.")
+    as_released: bool = flag(
+        False, "Mask as the released code does: not at the first step, later the head's gradient too."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,8 +62,8 @@ class RMLoRAArguments(LoRAArguments):
             raise InputError(f"reg_orth_coef is {self.reg_orth_coef}, it must be 0 or more.")
         if self.apply_lora and not 1 <= (self.random_rank or 0) <= self.lora_r:
             raise InputError(
-                f"random_rank is {self.random_rank}, it must lie in 1 to {self.lora_r} (lora_r): give --random_rank, the "
-                "number of directions that receive a gradient."
+                f"random_rank is {self.random_rank}, it must lie in 1 to {self.lora_r} (lora_r): give --random_rank, "
+                "the number of directions that receive a gradient."
             )
 
 
@@ -82,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         penalty = partial(svd_penalty, *factors(model))
         if lora.lora_path:
             flow.load_lora_path(model, lora.lora_path)
-        lines.append(f"mask: {lora.random_rank} of {lora.lora_r} directions a matrix, drawn anew at each {lora.mask_resample}")
+        lines.append(
+            f"mask: {lora.random_rank} of {lora.lora_r} directions a matrix, drawn anew at each {lora.mask_resample}"
+        )
 
     trainer = LoRATrainer(
         penalty=penalty,

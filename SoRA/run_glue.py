@@ -44,7 +44,9 @@ class SoRAArguments(LoRAArguments):
 
     _argument_group_name = "SoRA"
 
-    train_sparse: bool = flag(False, "Put a gate on each low-rank direction and make the gates sparse; off: plain LoRA.")
+    train_sparse: bool = flag(
+        False, "Put a gate on each low-rank direction and make the gates sparse; off: plain LoRA."
+    )
     sparse_lambda: float = flag(0.0, "lambda of eq. 5: weight of the gates' L1 norm in the loss.")
     sparse_lambda_2: float = flag(0.0, "eta lambda of eq. 7: threshold of the proximal step after each optimizer step.")
     lambda_schedule: str | None = flag(
@@ -57,7 +59,9 @@ class SoRAArguments(LoRAArguments):
     lambda_num: int | None = flag(None, "n: number of stages, the first included.")
     lambda_epochs: float | None = flag(None, "Epochs of each later stage; num_train_epochs where not given.")
     sparse_lr: float | None = flag(None, "eta of the gates: their learning rate; learning_rate where not given.")
-    as_released: bool = flag(False, "Shrink as the released code does: also gates between one and two thresholds become 0.")
+    as_released: bool = flag(
+        False, "Shrink as the released code does: also gates between one and two thresholds become 0."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +84,7 @@ class SoRAArguments(LoRAArguments):
                 raise InputError(f"--lambda_schedule {self.lambda_schedule} needs --{name}.")
         if self.lambda_epochs is not None and self.lambda_epochs <= 0:
             raise InputError(f"lambda_epochs is {self.lambda_epochs}, it must be above 0.")
-        self.thresholds  # refuses what the schedule cannot have
+        lambda_stages(self.lambda_schedule, self.sparse_lambda_2, self.max_lambda, self.lambda_num)
 
     @property
     def thresholds(self) -> list[float]:
@@ -104,11 +108,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         method = "sora" if lora.train_sparse else "lora"
         layer = GatedLinear if lora.train_sparse else LoRALinear
         adapted = adapt(model, layer, lora.modules, **lora.layer_settings)
-        adapter = flow.adapter_config(method, lora, model_args, data.task, layer="sparse" if lora.train_sparse else "frd")
+        adapter = flow.adapter_config(
+            method, lora, model_args, data.task, layer="sparse" if lora.train_sparse else "frd"
+        )
         if lora.lora_path:
             flow.load_lora_path(model, lora.lora_path)
     if lora.train_sparse:
-        sparse = {"penalty": partial(gate_l1, gates(model)), "penalty_coef": lora.sparse_lambda, "penalty_name": "gate_l1"}
+        sparse = {
+            "penalty": partial(gate_l1, gates(model)),
+            "penalty_coef": lora.sparse_lambda,
+            "penalty_name": "gate_l1",
+        }
         thresholds = ", ".join(f"{t:.4g}" for t in lora.thresholds)
         lines.append(f"gates: threshold {thresholds} after each step, L1 weight {lora.sparse_lambda}")
     elif lora.apply_lora:

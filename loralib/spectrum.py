@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +24,11 @@ def singular_values(lora_A: Array, lora_B: Array, diagonal: Array | None = None,
     Returns:
         (min(r, in, out),).
     """
-    right = np.linalg.qr(np.asarray(lora_A, dtype=np.float64).T, mode="r")  # (min(in, r), r)
-    left = np.linalg.qr(np.asarray(lora_B, dtype=np.float64), mode="r")  # (min(out, r), r)
-    middle = left if diagonal is None else left * np.asarray(diagonal, dtype=np.float64)
-    return abs(scaling) * np.linalg.svd(middle @ right.T, compute_uv=False)
+    right: Any = np.linalg.qr(np.asarray(lora_A, dtype=np.float64).T, mode="r")  # (min(in, r), r)
+    left: Any = np.linalg.qr(np.asarray(lora_B, dtype=np.float64), mode="r")  # (min(out, r), r)
+    middle: Any = left if diagonal is None else left * np.asarray(diagonal, dtype=np.float64)
+    values: Array = abs(scaling) * np.linalg.svd(middle @ right.T, compute_uv=False)
+    return values
 
 
 def effective_rank(values: Array) -> float:

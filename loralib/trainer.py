@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -335,8 +335,8 @@ class LoRATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """As stock, but length grouping draws from (seed, epoch): the same on every process and after a resume."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Sized):
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         names = self.processing_class.model_input_names if self.processing_class is not None else ["input_ids"]
         lengths = [len(row[names[0]]) for row in dataset]
@@ -402,8 +402,9 @@ class LoRATrainer(Trainer):
                 # of them, counts once.
                 scaler = self.accelerator.scaler
                 if scaler is not None:
-                    gradients = torch._foreach_mul(gradients, scaler._scale)
-                torch._foreach_add_([p.grad for p in parameters], gradients, alpha=self.penalty_coef)
+                    gradients = list(torch._foreach_mul(gradients, scaler._scale))
+                own: list[Any] = [p.grad for p in parameters]
+                torch._foreach_add_(own, gradients, alpha=self.penalty_coef)
                 self._penalty_sum += value
                 self._penalty_steps += 1
                 self._penalty_now = None
@@ -434,7 +435,7 @@ class LoRATrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, but several processes count each row once in the loss, as they do in the metrics."""
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         loss = next((name for name in output.metrics if name.endswith("_loss")), None)
         if self.args.world_size > 1 and loss and isinstance(output.predictions, np.ndarray):
             logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
@@ -571,7 +572,7 @@ class LoRATrainer(Trainer):
         if self.adapter is None:
             super()._load_best_model()
         else:
-            load_adapter(self.model, self.state.best_model_checkpoint)
+            load_adapter(self.model, str(self.state.best_model_checkpoint))
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -110,7 +110,9 @@ def replay(path: Path, output_dir: str) -> dict[str, Any]:
     )
     rows = [
         {"input_ids": ids, "attention_mask": mask, "labels": label}
-        for ids, mask, label in zip(*(tensors[f"data/{k}"] for k in ("input_ids", "attention_mask", "labels")), strict=True)
+        for ids, mask, label in zip(
+            *(tensors[f"data/{k}"] for k in ("input_ids", "attention_mask", "labels")), strict=True
+        )
     ]
     released = {"as_released": True}
     if method == "sora":
@@ -157,7 +159,9 @@ def replay(path: Path, output_dir: str) -> dict[str, Any]:
     same_length = len(losses) == len(trainer.losses)
     return {
         "case": case["name"],
-        "max_loss_diff": max(abs(a - b) for a, b in zip(trainer.losses, losses, strict=False)) if same_length else math.inf,
+        "max_loss_diff": max(abs(a - b) for a, b in zip(trainer.losses, losses, strict=False))
+        if same_length
+        else math.inf,
         "max_param_diff": max((own[k].detach() - v).abs().max().item() for k, v in final.items()),
         "max_logit_diff": (logits - tensors["final_logits_eval8"]).abs().max().item(),
         "ranks_equal": ranks_equal,

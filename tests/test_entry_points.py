@@ -17,7 +17,10 @@ METHODS = {
     "lora": ("AdaLoRA", ["--lora_type", "frd"]),
     "lora-orth": ("AdaLoRA", ["--lora_type", "frd", "--reg_orth_coef", "0.1"]),
     "svd-lora": ("AdaLoRA", ["--lora_type", "svd", "--reg_orth_coef", "0.1"]),
-    "adalora": ("AdaLoRA", [*ADALORA, "--mask_interval", "1", "--reg_orth_coef", "0.1", "--tb_writter_loginterval", "1"]),
+    "adalora": (
+        "AdaLoRA",
+        [*ADALORA, "--mask_interval", "1", "--reg_orth_coef", "0.1", "--tb_writter_loginterval", "1"],
+    ),
     "sora": ("SoRA", ["--train_sparse", "True", "--sparse_lambda", "0.1", "--sparse_lambda_2", "0.1"]),
     "rm-lora-v1": ("RM-LoRA", ["--lora_type", "v1", "--random_rank", "2", "--reg_orth_coef", "0.1"]),
     "rm-lora-v2": ("RM-LoRA", ["--lora_type", "v2", "--random_rank", "2", "--reg_orth_coef", "0.1"]),
@@ -150,11 +153,19 @@ def test_results_of_adalora(usual, entry_point, tmp_path, caplog) -> None:
     assert {"Budget/total_rank", "Budget/mask_threshold", "Budget/sum_param", "train/orth_regu_loss"} <= shown.keys()
     assert shown["Budget/total_rank"][-1] == 12
     assert len([tag for tag in shown if tag.startswith("Ranknum/")]) == 6
-    for loss, task, penalty in zip(*(shown[f"train/{k}"] for k in ("loss", "task_loss", "orth_regu_loss")), strict=True):
+    for loss, task, penalty in zip(
+        *(shown[f"train/{k}"] for k in ("loss", "task_loss", "orth_regu_loss")), strict=True
+    ):
         assert loss == pytest.approx(task + 0.1 * penalty, abs=1e-5)
     text = caplog.text
-    for said in ("method: adalora", "6 matrices", "trainable parameters", "effective batch: 8", "3 optimizer steps in all",
-                 "24 singular values until step 0, then falling to 12 at step 2 of 3"):  # fmt: skip
+    for said in (
+        "method: adalora",
+        "6 matrices",
+        "trainable parameters",
+        "effective batch: 8",
+        "3 optimizer steps in all",
+        "24 singular values until step 0, then falling to 12 at step 2 of 3",
+    ):
         assert said in text, said
 
 
@@ -249,9 +260,11 @@ def test_older_names_and_files_mean_the_same(usual, entry_point, tmp_path) -> No
         assert lora.tb_writter_loginterval == 7 and lora.lora_r == 4 and lora.apply_lora is True
     module.main([str(tmp_path / "a.json")])
     out = tmp_path / "out"
-    assert "eval_accuracy" in json.loads((out / "run.json").read_text())["history"][-2] | json.loads(
-        (out / "run.json").read_text()
-    )["metrics"]
+    assert (
+        "eval_accuracy"
+        in json.loads((out / "run.json").read_text())["history"][-2]
+        | json.loads((out / "run.json").read_text())["metrics"]
+    )
 
 
 def test_abbreviations_and_both_spellings_of_booleans(entry_point) -> None:
@@ -307,7 +320,9 @@ def test_output_folder_is_resumed_refused_or_cleared(usual, entry_point, tmp_pat
         main(usual)
 
 
-def test_tiny_learning_rate_in_half_precision_file_trains_in_float32(usual, entry_point, tiny_model_dir, tmp_path) -> None:
+def test_tiny_learning_rate_in_half_precision_file_trains_in_float32(
+    usual, entry_point, tiny_model_dir, tmp_path
+) -> None:
     """Ledger G2: the checkpoint is stored in half precision; steps far below its resolution are not lost."""
     stored = torch.load(tiny_model_dir / "pytorch_model.bin", weights_only=True)
     assert {v.dtype for v in stored.values() if v.is_floating_point()} == {torch.float16}

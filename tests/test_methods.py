@@ -180,9 +180,7 @@ def test_penalty_is_the_naive_one(penalty, naive) -> None:
     A, B = mixed_factors()
     value, expected = penalty(A, B), naive(A, B)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    for grad, reference in zip(
-        torch.autograd.grad(value, A + B), torch.autograd.grad(expected, A + B), strict=True
-    ):
+    for grad, reference in zip(torch.autograd.grad(value, A + B), torch.autograd.grad(expected, A + B), strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-12)
 
 
@@ -236,7 +234,9 @@ class Model(nn.Module):
 class NaiveAllocator:
     """Equations 7 to 11 of arXiv 2303.10512 as ledger A1 to A5 read them, one number at a time."""
 
-    def __init__(self, model: Model, total_step: int, target: int, ti: int, tf: int, interval: int, beta: float) -> None:
+    def __init__(
+        self, model: Model, total_step: int, target: int, ti: int, tf: int, interval: int, beta: float
+    ) -> None:
         self.layers, self.T, self.target, self.ti, self.tf = list(model.layers), total_step, target, ti, tf
         self.interval, self.beta = interval, beta
         self.average: dict[tuple[int, str, int, int], float] = {}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -37,7 +37,9 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = flag(False, "Start a head of another size anew instead of refusing the model.")
     cls_dropout: float | None = flag(None, "Dropout before the classifier; the model's own where not given.")
     attention: str = flag(
-        "fast", "DeBERTa's attention: 'fast' computes what the 'stock' code does with less work.", choices=["fast", "stock"]
+        "fast",
+        "DeBERTa's attention: 'fast' computes what the 'stock' code does with less work.",
+        choices=["fast", "stock"],
     )
 
 
@@ -93,9 +95,11 @@ class LoRAArguments:
             if self.lora_path:
                 raise InputError("--lora_path needs --apply_lora: an adapter is loaded into low-rank factors.")
             return
-        for name in ("lora_r", "lora_alpha"):
-            if getattr(self, name) is None:
-                raise InputError(f"--apply_lora needs --{name}: a number of 1 or more (--lora_r) or above 0 (--lora_alpha).")
+        if self.lora_r is None or self.lora_alpha is None:
+            name = "lora_r" if self.lora_r is None else "lora_alpha"
+            raise InputError(
+                f"--apply_lora needs --{name}: a number of 1 or more (--lora_r) or above 0 (--lora_alpha)."
+            )
         if self.lora_r < 1:
             raise InputError(f"lora_r is {self.lora_r}, it must be 1 or more.")
         if self.lora_alpha <= 0:
@@ -121,6 +125,10 @@ class GlueTrainingArguments(TrainingArguments):
     """The stock TrainingArguments, the names that they lost, and defaults that suit adapters."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
+
+    if TYPE_CHECKING:  # after __post_init__
+        output_dir: str = ""
+        report_to: list[str] = []
 
     # Names that are gone from transformers and that people still type, with the meaning they had.
     evaluation_strategy: str | None = flag(None, "Older name of eval_strategy.")
@@ -166,9 +174,9 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message[:1].upper()}{message[1:]}; --help lists all flags.")
 
 
-def make_parser(*classes: type, description: str = "") -> HfArgumentParser:
+def make_parser(*classes: Any, description: str = "") -> HfArgumentParser:
     """The parser of an entry point, its flags grouped by dataclass."""
-    return _Parser(classes, description=description)
+    return _Parser(list(classes), description=description)
 
 
 def parse(classes: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> tuple[Any, ...]:
@@ -181,13 +189,20 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None, descriptio
     parser = make_parser(*classes, description=description)
     try:
         if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-            aliases = {a.lstrip("-"): f.name for c in classes for f in dataclasses.fields(c) for a in f.metadata.get("aliases", ())}
+            aliases = {
+                a.lstrip("-"): f.name
+                for c in classes
+                for f in dataclasses.fields(c)
+                for a in f.metadata.get("aliases", ())
+            }
             values = {aliases.get(name, name): value for name, value in _read_config(Path(argv[0])).items()}
             known = [f.name for c in classes for f in dataclasses.fields(c) if f.init]
             _refuse_unknown([k for k in values if k not in known], known)
             _check_types(classes, values)
             return parser.parse_dict(values)
-        *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
         known = [option for action in parser._actions for option in action.option_strings]
         _refuse_unknown([u for u in unknown if u.startswith("-")] or unknown, known)
         return tuple(parsed)
@@ -221,7 +236,7 @@ def _refuse_unknown(unknown: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _check_types(classes: Sequence[type], values: dict[str, Any]) -> None:
-    """A file bypasses argparse: numbers that YAML reads as text ("1e-3") become numbers, other mismatches are refused."""
+    """A file bypasses argparse: text that means a number (YAML's "1e-3") becomes one, other mismatches are refused."""
     import typing
 
     for cls in classes:

@@ -16,7 +16,7 @@ METHODS = ("lora", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "lora-orth", "
 Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # x, mean and standard deviation of y
 
 
-def style(name: str, names: Sequence[str]) -> dict[str, str]:
+def style(name: str, names: Sequence[str]) -> dict[str, Any]:
     """Colour and marker of a line: by its method, else by its place among `names`."""
     method = name.partition(" ")[0]
     same = [other for other in names if other.partition(" ")[0] == method]

@@ -25,7 +25,9 @@ def start_stage(run: Run, number: int, epochs: float | None) -> Run:
     """
     folder = Path(run.training.output_dir) / f"stage-{number}"
     training = _with_epochs(run.training, number, epochs, output_dir=str(folder), do_predict=False, push_to_hub=False)
-    return dataclasses.replace(run, training=training, checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    return dataclasses.replace(
+        run, training=training, checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    )
 
 
 def last_stage(run: Run, number: int, epochs: float | None) -> Run:

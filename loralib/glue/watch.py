@@ -51,13 +51,21 @@ class WatchCallback(TrainerCallback):
         self.seen = -1  # step of the last evaluation: the final one of a run often repeats it
         self.heldout_metrics: dict[str, float] = {}
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that goes on from a checkpoint finds in its history what it has seen."""
+        for entry in state.log_history:
+            if any(name.startswith("eval_") for name in entry):
+                self.seen = entry["step"]
+            heldout = {name: value for name, value in entry.items() if name.startswith(f"{HELDOUT}_")}
+            self.heldout_metrics = heldout or self.heldout_metrics
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.seen:
             return
         self.seen = state.global_step
         entry: dict[str, Any] = {}
         if self.heldout is not None:
-            self.heldout_metrics = dict(self.trainer.predict(self.heldout, metric_key_prefix=HELDOUT).metrics)
+            self.heldout_metrics = dict(self.trainer.predict(self.heldout, metric_key_prefix=HELDOUT).metrics or {})
             entry |= self.heldout_metrics
         if state.is_world_process_zero:
             entry |= self.look()
