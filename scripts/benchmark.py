@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -365,7 +366,7 @@ def machine(o: argparse.Namespace) -> dict[str, Any]:
     facts = {
         "date": date.today().isoformat(),
         "commit": git.stdout.strip() or None,
-        "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if o.device.type == "cuda" else None,

@@ -6,6 +6,8 @@ real trainer runs between the start of a step and its end: forward, penalty, bac
 The main optimizer's arithmetic is left out (a fused AdamW is a few kernels); SoRA's threshold is counted.
 """
 
+import importlib.util
+import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ import loralib.sparse
 from loralib.adapt import ROLES, adapt, factors
 from loralib.allocator import AllocatorCallback, RankAllocator
 from loralib.deberta import use_fast_attention
+from loralib.errors import InputError
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 from loralib.masking import MaskCallback, RandomMask
 from loralib.regularizer import svd_penalty
@@ -148,3 +151,26 @@ def test_operations_of_one_step(method: str, tmp_path: Path, monkeypatch: pytest
     assert sum(counts.values()) == exact <= goal, counts.most_common()
     # Nothing asks the device for a number: a step that is not logged never waits.
     assert not {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"} & counts.keys()
+
+
+def test_the_benchmark_compares_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny run: ratios follow from the times, the parts sum up, the file holds what the table shows."""
+    spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).parents[1] / "scripts" / "benchmark.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    sizes = ["--shape", "deberta-v3-xsmall", "--layers", "1", "--batch", "2", "--length", "16", "--real", "0.5"]
+    names = ["frozen", "lora", "adalora", "sora", "rm-lora-v2", "lora/stock", "lora/longest", "lora/unpadded"]
+    flags = ["--repeats", "1", "--warmup", "1", "--device", "cpu", "--output", str(tmp_path / "new" / "b.json")]
+    report = benchmark.main([*sizes, *flags, "--methods", ",".join(names)])
+    assert json.loads((tmp_path / "new" / "b.json").read_text()) == report
+    results = report["records"][0]["results"]
+    printed = capsys.readouterr().out
+    assert list(results) == names and all(f"\n{name} " in printed for name in names)
+    for result in results.values():
+        assert sum(result["parts_s"].values()) == pytest.approx(result["step_s"])
+        assert result["ratio_to_frozen"] == pytest.approx(result["step_s"] / results["frozen"]["step_s"])
+        assert result["ratio_to_peft"] is None
+    assert results["frozen"]["operations"] < results["lora"]["operations"] < results["lora/stock"]["operations"]
+    with pytest.raises(InputError, match="--methods holds 'dora'"):
+        benchmark.main(["--methods", "dora"])
