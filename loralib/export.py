@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,18 +86,37 @@ def adapter_facts(model: nn.Module) -> dict[str, Any]:
     """What `adapter.json` says of the model itself.
 
     head: names of trained parameters that are no adapter's; ranks, scaling: by matrix; low_rank: whether
-    weight + scaling B diag A is all of each layer; shared: other names of a factor that several matrices share.
+    weight + scaling B diag A is all of each layer; shared: other names of a factor that several matrices share;
+    backbone_sum: see there.
     """
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     shared = {name: first[id(p)] for name, p in every if is_lora(name) and first[id(p)] != name}
+    head = [name for name, p in model.named_parameters() if p.requires_grad and not is_lora(name)]
     facts: dict[str, Any] = {
+        "backbone_sum": backbone_sum(model, head),
         "low_rank": all(type(layer).delta_weight is LoRALinear.delta_weight for _, layer in adapted_layers(model)),
-        "head": [name for name, p in model.named_parameters() if p.requires_grad and not is_lora(name)],
+        "head": head,
         "ranks": ranks(model),
         "scaling": {name: float(layer.scaling) for name, layer in adapted_layers(model)},
     }
     return facts | ({"shared": shared} if shared else {})
+
+
+def backbone_sum(model: nn.Module, head: Iterable[str]) -> float:
+    """Sum of the absolute values at the start of each frozen parameter: tells one pretrained model from another.
+
+    Rounding to half precision moves it by less than 1e-4 of itself.
+    """
+    trained = set(head)
+    frozen = (p for name, p in model.named_parameters() if name not in trained and not is_lora(name))
+    sums = [p.detach().reshape(-1)[:64].double().abs().sum() for p in frozen]
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def _other_backbone(adapter: "Adapter", model: nn.Module) -> bool:
+    known = adapter.config.get("backbone_sum")
+    return known is not None and not math.isclose(known, backbone_sum(model, adapter.rest), rel_tol=1e-4)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -264,6 +283,8 @@ def _read_own(folder: Path) -> Adapter:
             raise InputError(f"the adapter folder {folder} lacks {needed.name}: copy the folder as a whole.")
     config, state = _read_json(config_file), read_state(file)
     version = _number(config, "format_version", config_file, 1)
+    if "backbone_sum" in config:
+        _number(config, "backbone_sum", config_file)
     if version > FORMAT_VERSION:
         raise InputError(
             f"{config_file} has format_version {version}, this program reads up to {FORMAT_VERSION}: update it."
@@ -422,6 +443,8 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
             state[f"{name}.{key}"] = _padded(value, own[key]) if r < layer.r else value
     kept = load_trained(model, state, source, head_may_differ=True)
     lines = []
+    if _other_backbone(adapter, model):
+        lines.append("it was trained on another pretrained model: --model_name_or_path has other weights")
     if kept:
         lines.append(f"its head is missing or has other shapes, so these start anew: {', '.join(kept)}")
     if fresh:
@@ -606,6 +629,11 @@ def export_merged(
 
     adapter = read_run(run)
     model, name, revision = _base_model(adapter, base)
+    if _other_backbone(adapter, model):
+        raise InputError(
+            f"the weights of the base model {name} are not those that {adapter.source} was trained on: give that model "
+            "by --base."
+        )
     if layer is None:
         adapter = folded(adapter)
         own = dict(model.named_parameters())

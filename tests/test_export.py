@@ -677,3 +677,75 @@ def ranks_of(state: dict[str, Tensor]) -> dict[str, int]:
         if key.endswith(("lora_E", "lora_gate")):
             found[key.rpartition(".")[0]] = int(value.count_nonzero())
     return found
+
+
+# ---- the script, and base models that are not there ----
+
+
+def test_a_base_that_moved_is_found_by_its_flag_and_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    import export_adapter
+
+    base, run = make_base(tmp_path / "base", "bert"), tmp_path / "run"
+    trained = make_run(run, base, "adalora")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"base model .*base of .*run is not there: .*--base"):
+        export_merged(run, tmp_path / "merged")
+    out = export_adapter.main([str(run), "--to", "merged", "--base", str(tmp_path / "moved")])
+    assert out == tmp_path / "run-merged"
+    merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    assert (logits(merged) - logits(trained)).abs().max() < 1e-5
+    assert len(BertTokenizer.from_pretrained(out)) == 15
+    small = tmp_path / "small"
+    AutoModel.from_config(BertConfig(**(SIZE | {"intermediate_size": 20}))).save_pretrained(small)
+    with pytest.raises(InputError, match=r"small does not fit .*intermediate\.dense.*\(20.*\(40"):
+        export_merged(run, tmp_path / "again", str(small))
+    other = make_base(tmp_path / "other", "roberta")  # same shapes under the same names
+    with pytest.raises(InputError, match=r"weights of the base model .*other are not those"):
+        export_merged(run, tmp_path / "again", str(other))
+    half = tmp_path / "half"  # a copy in half precision is the same model
+    AutoModel.from_pretrained(tmp_path / "moved").to(torch.bfloat16).save_pretrained(half)
+    export_merged(run, tmp_path / "from-half", str(half))
+    model = load_base(other, 3)
+    adapt(model, SVDLinear, list(ROLES), r=R, lora_alpha=12.0)
+    with pytest.raises(InputError, match="adapts 'bert"):
+        load_lora(model, run)
+    torch.manual_seed(99)
+    config = AutoConfig.from_pretrained(tmp_path / "moved", num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config)
+    adapt(model, SVDLinear, list(ROLES), r=R, lora_alpha=12.0)
+    assert any("another pretrained model" in line for line in load_lora(model, run))
+    file = run / "adapter.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "base_model"}))
+    with pytest.raises(InputError, match=r"names no base_model: give it by --base"):
+        export_merged(run, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_file_beside_its_config_stands_for_the_folder(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base)
+    export_peft(tmp_path / "run", tmp_path / "peft")
+    for file in ("run/adapter.safetensors", "peft/adapter_model.safetensors"):
+        assert set(read_adapter(tmp_path / file).scaling.values()) == {3.0}
+    (tmp_path / "run" / "adapter.json").rename(tmp_path / "adapter.json")
+    assert read_adapter(tmp_path / "run" / "adapter.safetensors").scaling == {}
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["nowhere", "--to", "peft"], r"nowhere is not a folder"),
+        ([".", "--to", "lora"], r"holds no adapter\.json"),
+        (["run", "--to", "peft", "--layer", "x.py:X"], r"--layer is for --to merged"),
+        (["run", "--to", "merged", "--layer", "x.py:X"], r"--layer x\.py:X names no file"),
+        (["run", "--to", "merged", "--layer", "own.py:Other"], r"own\.py has no layer class 'Other'"),
+        (["run", "--to", "merged", "--layer", "own.py:Path"], r"own\.py has no layer class 'Path'"),
+    ],
+)
+def test_what_the_script_refuses(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import export_adapter
+
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("from pathlib import Path\n")
+    with pytest.raises(InputError, match=said):
+        export_adapter.main(words)
