@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+import loralib.running
 import loralib.trainer
 from loralib.checkpoint import last_checkpoint, lock, unlock
 from loralib.errors import InputError, RunDiverged, RunError
@@ -154,12 +155,28 @@ def test_auto_find_batch_size_starts_over(method: str, tmp_path: Path) -> None:
         return stock(model, inputs, *args)
 
     found.training_step = training_step
+    (tmp_path / "b" / "checkpoint-99").mkdir(parents=True)  # not of this run
     found.train()
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted(
+        ["checkpoint-99", *(f"checkpoint-{s}" for s in range(2, 13, 2))]
+    )
     assert sizes[:7] == [6] * 3 + [5] * 3 + [4]
     a, b = runs.result(straight), runs.result(found)
     assert runs.differences(a, b) == []
     if "allocator" in found.method_state:
         assert found.method_state["allocator"].total_step == found.state.global_step == 12
+
+
+def test_a_checkpoint_that_fits_no_more_is_said(tmp_path: Path) -> None:
+    make("lora", tmp_path, auto_find_batch_size=True).train()
+    run = make("lora", tmp_path, auto_find_batch_size=True)
+
+    def training_step(*args: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    run.training_step = training_step
+    with pytest.raises(RunError, match="the batch of .*checkpoint-2 does not fit into memory any more"):
+        run.train(str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +239,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch:
                     if name == "trainer_state.json":
                         monkeypatch.setattr(type(state), "save_to_json", full)
                     if name == "checkpoint.json":
-                        monkeypatch.setattr(loralib.trainer, "write_manifest", full)
+                        monkeypatch.setattr(loralib.running, "write_manifest", full)
 
         run.add_callback(Fill())
         with pytest.raises(

@@ -194,15 +194,15 @@ def test_older_checkpoints_go_only_after_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[str]] = {}
-    import loralib.trainer
+    import loralib.running
 
-    write = loralib.trainer.write_manifest
+    write = loralib.running.write_manifest
 
     def observed(folder: Path, content: Any) -> None:
         seen[folder.name] = sorted(p.name for p in folder.parent.glob("checkpoint-*") if (p / MANIFEST).exists())
         write(folder, content)
 
-    monkeypatch.setattr(loralib.trainer, "write_manifest", observed)
+    monkeypatch.setattr(loralib.running, "write_manifest", observed)
     make("lora", tmp_path, save_steps=2, save_total_limit=1).train()
     assert seen == {f"checkpoint-{s}": [f"checkpoint-{s - 2}"] if s > 2 else [] for s in (2, 4, 6, 8)}
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
@@ -282,6 +282,7 @@ def run_and_kill(flags: list[str], folder: Path, kills: int, seed: int) -> dict[
     """Kill a run `kills` times by SIGKILL, half of them at an operation on a checkpoint's file, half at any moment."""
     draw = random.Random(seed)
     count = folder / "operations"
+    runs.finished(runs.start(time.sleep, 0))  # the server that processes are forked from is there
     began = time.time()
     status = runs.finished(
         runs.start(
