@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from loralib.checkpoint import last_checkpoint
 from loralib.export import load_adapter
 from loralib.glue.flow import Run, logger
 from loralib.glue.report import RUN_FILE, write_json
@@ -25,9 +24,8 @@ def start_stage(run: Run, number: int, epochs: float | None) -> Run:
     """
     folder = Path(run.training.output_dir) / f"stage-{number}"
     training = _with_epochs(run.training, number, epochs, output_dir=str(folder), do_predict=False, push_to_hub=False)
-    return dataclasses.replace(
-        run, training=training, checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    )
+    found = last_checkpoint(folder)
+    return dataclasses.replace(run, training=training, checkpoint=str(found) if found else None)
 
 
 def last_stage(run: Run, number: int, epochs: float | None) -> Run:
