@@ -275,19 +275,19 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
     assert record["status"] == "finished"
     clock = ("_runtime", "_per_second")
     history = [{k: v for k, v in log.items() if not k.endswith(clock)} for log in record["history"]]
+    for stage in record.get("stages", []):
+        history.append({k: v for k, v in stage.items() if k != "metrics"})
     return load_file(folder / "adapter.safetensors"), history
 
 
-def run_and_kill(flags: list[str], folder: Path, kills: int, seed: int) -> dict[str, int]:
+def run_and_kill(flags: list[str], folder: Path, kills: int, seed: int, entry: str = "AdaLoRA") -> dict[str, int]:
     """Kill a run `kills` times by SIGKILL, half of them at an operation on a checkpoint's file, half at any moment."""
     draw = random.Random(seed)
     count = folder / "operations"
     runs.finished(runs.start(time.sleep, 0))  # the server that processes are forked from is there
     began = time.time()
     status = runs.finished(
-        runs.start(
-            runs.enter, "AdaLoRA", [*flags, f"--output_dir={folder / 'straight'}"], f"{folder}/log", 0, str(count)
-        )
+        runs.start(runs.enter, entry, [*flags, f"--output_dir={folder / 'straight'}"], f"{folder}/log", 0, str(count))
     )
     assert status == 0, (folder / "log").read_text()[-3000:]
     seconds, operations = time.time() - began, int(count.read_text())
@@ -297,7 +297,7 @@ def run_and_kill(flags: list[str], folder: Path, kills: int, seed: int) -> dict[
     while attempt < kills or not done["finished"]:
         output = folder / f"killed-{done['finished']}"
         die_at = draw.randint(1, operations) if attempt < kills and attempt % 2 == 0 else 0
-        process = runs.start(runs.enter, "AdaLoRA", [*flags, f"--output_dir={output}"], f"{folder}/log", die_at)
+        process = runs.start(runs.enter, entry, [*flags, f"--output_dir={output}"], f"{folder}/log", die_at)
         if attempt < kills and not die_at:
             process.join(draw.uniform(0.1, 1.0) * seconds)
             process.kill()
@@ -324,6 +324,31 @@ def test_killed_twenty_times(flags: list[str], tmp_path: Path) -> None:
     print(done)
     assert done["file"] >= 8 and done["file"] + done["clock"] >= 20
     assert "half-written" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_killed_in_a_schedule_of_stages(flags: list[str], tmp_path: Path) -> None:
+    """SoRA's thresholds, each a run of its own that goes on from the one before."""
+    drop = (
+        "target_rank",
+        "init_warmup",
+        "final_warmup",
+        "mask_interval",
+        "lora_type",
+        "reg_orth_coef",
+        "apply_adalora",
+    )
+    kept = [f for f in flags if f.split("=")[0].lstrip("-") not in drop]
+    schedule = {"lambda_schedule": "linear", "sparse_lambda_2": 0.01, "max_lambda": 0.04, "lambda_num": 3}
+    kept += [
+        "--train_sparse",
+        *(f"--{k}={v}" for k, v in schedule.items()),
+        "--lambda_epochs=1",
+        "--num_train_epochs=1",
+    ]
+    done = run_and_kill(kept, tmp_path, 12, seed=3, entry="SoRA")
+    print(done)
+    assert done["file"] + done["clock"] >= 8
 
 
 @pytest.mark.slow
