@@ -48,7 +48,7 @@ def use_fast_attention(model: nn.Module) -> bool:
     In a `DebertaV2ForSequenceClassification` the last layer computes the first token alone, unless hidden states are
     asked for.
     """
-    encoders = [module for module in model.modules() if isinstance(module, DebertaV2Encoder)]
+    encoders: list[Any] = [module for module in model.modules() if isinstance(module, DebertaV2Encoder)]
     covered = bool(encoders) and all(
         encoder.relative_attention and _covers(layer.attention.self) for encoder in encoders for layer in encoder.layer
     )
@@ -60,6 +60,7 @@ def use_fast_attention(model: nn.Module) -> bool:
             module.register_forward_pre_hook(_ask_for_first_token, with_kwargs=True)
     for encoder in encoders:
         encoder.__class__ = FastEncoder
+        encoder.first_token_only = False  # on the module itself from the start: torch.compile watches where it lives
         for layer in encoder.layer:
             attention = layer.attention.self
             attention.__class__ = FastSelfAttention
@@ -156,7 +157,8 @@ class FastEncoder(DebertaV2Encoder):
             first = None
             if first_token_only and i == len(self.layer) - 1 and (i > 0 or self.conv is None):
                 first = states[:, :1] if slots is None else states.index_select(0, slots.view(batch, length)[:, 0])
-            states = layer(states, shared.masked, query_states=first, relative_pos=shared, rel_embeddings=table)[0]
+            # by position: the reentrant form of gradient checkpointing loses the gradients of keyword arguments
+            states = layer(states, shared.masked, first, shared, table)[0]
             if i == 0 and self.conv is not None:
                 states = self.conv(hidden_states, states, row_mask)
             every.append(states)

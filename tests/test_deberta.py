@@ -2,9 +2,11 @@
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -361,18 +363,17 @@ def test_copies_and_replicas_keep_the_fast_forward() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(packed: bool, reentrant: bool) -> None:
-    model = build(dropout=0.1).double()
-    # The reentrant form cannot share a table that trains between layers, in the stock code neither.
-    model.deberta.encoder.rel_embeddings.requires_grad_(False)
-    model.deberta.encoder.LayerNorm.requires_grad_(False)
+@pytest.mark.parametrize("once", [run, classify])
+def test_gradient_checkpointing(once: Any, reentrant: bool, packed: bool) -> None:
+    """All tokens of the bare encoder, and the first token's way through a classifier."""
+    model = build(dropout=0.1, num_hidden_layers=3).double()
     (unpad if packed else use_fast_attention)(model)
     ids, mask = batch(9)
     torch.manual_seed(5)
-    plain = run(model, ids, mask)
+    plain = once(model, ids, mask)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     torch.manual_seed(5)
-    assert difference(plain, run(model, ids, mask)) < 1e-12
+    assert difference(plain, once(model, ids, mask)) < 1e-12
 
 
 def test_bfloat16_autocast_is_as_close_as_stock() -> None:
@@ -417,6 +418,21 @@ def test_no_graph_break(kind: type[LoRALinear], length: int) -> None:
     torch._dynamo.reset()
     report = torch._dynamo.explain(model)(input_ids=ids, attention_mask=mask)
     assert report.graph_count == 1 and report.graph_break_count == 0
+
+
+def test_compiled_twice_is_compiled_once() -> None:
+    """No recompilation for a second batch of one shape, with the hook of the classifier inside the graph."""
+    model = build(num_hidden_layers=1)
+    adapt(model, LoRALinear, list(ROLES), r=2, lora_alpha=4)
+    use_fast_attention(model)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    ids, mask = batch(8)
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    for _ in range(3):
+        torch.testing.assert_close(compiled(input_ids=ids, attention_mask=mask).logits, expected)
+    assert counter.frame_count == 1
 
 
 def test_compiled_training_step_has_the_eager_gradients() -> None:
