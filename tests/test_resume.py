@@ -293,17 +293,15 @@ def run_and_kill(flags: list[str], folder: Path, kills: int, seed: int, entry: s
     seconds, operations = time.time() - began, int(count.read_text())
     tensors, history = outcome(folder / "straight")
     done = {"file": 0, "clock": 0, "finished": 0}
-    attempt = 0
-    while attempt < kills or not done["finished"]:
+    while (killed := done["file"] + done["clock"]) < kills or not done["finished"]:
         output = folder / f"killed-{done['finished']}"
-        die_at = draw.randint(1, operations) if attempt < kills and attempt % 2 == 0 else 0
+        die_at = draw.randint(1, operations) if killed < kills and done["file"] <= done["clock"] else 0
         process = runs.start(runs.enter, entry, [*flags, f"--output_dir={output}"], f"{folder}/log", die_at)
-        if attempt < kills and not die_at:
-            process.join(draw.uniform(0.1, 1.0) * seconds)
+        if killed < kills and not die_at:
+            process.join(draw.uniform(0.1, 0.9) * seconds)
             process.kill()
         status = runs.finished(process)
         assert status in (0, -signal.SIGKILL), (folder / "log").read_text()[-3000:]
-        attempt += 1
         if status:
             done["file" if die_at else "clock"] += 1
             continue
@@ -314,15 +312,12 @@ def run_and_kill(flags: list[str], folder: Path, kills: int, seed: int, entry: s
 
 
 def test_killed_three_times(flags: list[str], tmp_path: Path) -> None:
-    done = run_and_kill(flags, tmp_path, 3, seed=1)
-    assert done["file"] + done["clock"] >= 2
+    run_and_kill(flags, tmp_path, 3, seed=1)
 
 
 @pytest.mark.slow
 def test_killed_twenty_times(flags: list[str], tmp_path: Path) -> None:
-    done = run_and_kill(flags, tmp_path, 24, seed=2)
-    print(done)
-    assert done["file"] >= 8 and done["file"] + done["clock"] >= 20
+    print(run_and_kill(flags, tmp_path, 20, seed=2))
     assert "half-written" in (tmp_path / "log").read_text()
 
 
@@ -346,9 +341,7 @@ def test_killed_in_a_schedule_of_stages(flags: list[str], tmp_path: Path) -> Non
         "--lambda_epochs=1",
         "--num_train_epochs=1",
     ]
-    done = run_and_kill(kept, tmp_path, 12, seed=3, entry="SoRA")
-    print(done)
-    assert done["file"] + done["clock"] >= 8
+    print(run_and_kill(kept, tmp_path, 10, seed=3, entry="SoRA"))
 
 
 @pytest.mark.slow
