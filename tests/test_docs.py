@@ -296,3 +296,12 @@ def test_variant_page_shows_the_tested_files() -> None:
     shown = [block.strip() for block in blocks(ROOT / "docs" / "variant.md", "python")]
     files = [path.read_text().strip() for path in (ROOT / "tests" / "variants").glob("*.py")]
     assert sorted(shown) == sorted(files)
+
+
+def test_the_main_page_shows_the_four_commands_that_are_run_word_for_word() -> None:
+    from test_four_commands import COMMANDS
+
+    shown = [words for block in blocks(ROOT / "README.md", "bash") for words in commands(block)]
+    for text in COMMANDS.values():
+        (words,) = commands(text)
+        assert words in shown

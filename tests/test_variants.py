@@ -134,6 +134,10 @@ def test_a_variant_runs_on_glue(
     else:
         assert not magnitudes
 
+    again = [f for f in _flags(tiny_model_dir, mrpc_dir, tmp_path / "again") if f != "--do_train"]
+    evaluated = variant(name).main([*again, "--lora_path", str(tmp_path)])
+    assert evaluated["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+
 
 def test_own_loop_trains_saves_and_merges(variant: Callable[[str], Any], tmp_path: Path) -> None:
     def network() -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""DoRA on GLUE, with a penalty, a callback and a flag of its own."""
+"""DoRA on GLUE, with a penalty, a callback and a flag of its own: python tests/variants/dora_glue.py --lora_r 8 ..."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from loralib.trainer import LoRATrainer
 
 @dataclass
 class DoRAArguments(arguments.LoRAArguments):
-    """LoRA's flags and one more."""
-
+    apply_lora: bool = arguments.flag(True, "DoRA: this entry point has nothing else.")
     length_coef: float = arguments.flag(0.0, "Weight of the penalty on rows whose length changes.")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Parse, load data and model, adapt, train, report. Returns the final metrics."""
     classes = (arguments.ModelArguments, arguments.DataArguments, DoRAArguments, arguments.GlueTrainingArguments)
     model_args, data_args, lora, training = arguments.parse(classes, argv, __doc__)
     run = flow.start(training, model_args, data_args, lora, argv)
     data = flow.load_data(training, model_args, data_args)
     model, tokenizer = flow.load_model(model_args, data.task)
     adapted = adapt(model, DoRALinear, lora.modules, **lora.layer_settings)
+    if lora.lora_path:
+        flow.load_lora_path(model, lora.lora_path)
     adapter = flow.adapter_config("dora", lora, model_args, data.task, layer="dora")
     change = LengthChange(model)
     parts = flow.trainer_parts(run, data, tokenizer, data_args, model)

@@ -1,7 +1,4 @@
-"""Rank-stabilised LoRA on GLUE (arXiv 2312.03732): the product of the factors is scaled by alpha / sqrt(r).
-
-python tests/variants/rslora.py --apply_lora --lora_r 8 --lora_alpha 16 ... (flags of LoRA, model, data and training)
-"""
+"""Rank-stabilised LoRA on GLUE (arXiv 2312.03732): python tests/variants/rslora.py --apply_lora --lora_r 8 ..."""
 
 import math
 from collections.abc import Sequence
@@ -23,17 +20,19 @@ class RSLoRALinear(LoRALinear):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse, load data and model, adapt, train, report. Returns the final metrics."""
     classes = (ModelArguments, DataArguments, LoRAArguments, GlueTrainingArguments)
     model_args, data_args, lora, training = parse(classes, argv, __doc__)
     run = flow.start(training, model_args, data_args, lora, argv)
     data = flow.load_data(training, model_args, data_args)
     model, tokenizer = flow.load_model(model_args, data.task)
-    adapted = adapt(model, RSLoRALinear, lora.modules, **lora.layer_settings)
-    adapter = flow.adapter_config("rslora", lora, model_args, data.task, layer="rslora")
+    method = "rslora" if lora.apply_lora else "full"
+    adapted = adapt(model, RSLoRALinear, lora.modules, **lora.layer_settings) if lora.apply_lora else []
+    adapter = flow.adapter_config(method, lora, model_args, data.task, layer=method) if lora.apply_lora else None
+    if lora.lora_path:
+        flow.load_lora_path(model, lora.lora_path)
     trainer = LoRATrainer(adapter=adapter, **flow.trainer_parts(run, data, tokenizer, data_args, model))
-    flow.announce(run, trainer, "rslora", adapted)
-    return flow.finish(run, trainer, data, "rslora")
+    flow.announce(run, trainer, method, adapted)
+    return flow.finish(run, trainer, data, method)
 
 
 if __name__ == "__main__":
