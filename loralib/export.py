@@ -236,8 +236,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _number(config: Mapping[str, Any], key: str, file: Path, least: float = 0.0) -> float:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
-        raise InputError(f"{file} has {key} = {str(value)[:80]!r}, it must be a number of {least:g} or more.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e30:  # nor NaN
+        shown = f"{key[:200]!r} = {str(value)[:80]!r}"
+        raise InputError(f"{file} has {shown}, it must be a number of {least:g} or more.")
     return value
 
 
@@ -294,16 +295,21 @@ def _read_own(folder: Path) -> Adapter:
             raise InputError(f"{config_file} has no mapping {key!r} from matrices to numbers.")
         for name in config[key]:
             _number(config[key], name, config_file)
-    shared = config.get("shared", {})
-    for alias, name in shared.items() if isinstance(shared, dict) else ():
-        if name in state:
-            state[alias] = state[name]
+    shared: Any = config.get("shared") or {}
+    head: Any = config.get("head")
+    labels: Any = config.get("label_names") or []
+    if not isinstance(shared, dict) or not all(isinstance(name, str) for name in shared.values()):
+        raise InputError(f"{config_file} has a mapping 'shared' that does not lead from names to names.")
+    for key, names in (("head", head), ("label_names", labels)):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{config_file} has no list of names under {key!r}.")
+    state |= {alias: state[name] for alias, name in shared.items() if name in state}
     matrices, rest = _split(state, file)
-    sizes, scaling, head = config["ranks"], config["scaling"], config.get("head")
+    sizes, scaling = config["ranks"], config["scaling"]
     wrong = [n for n in matrices if n not in sizes or n not in scaling] + [
         n for n in sizes if sizes[n] and n not in matrices
     ]
-    wrong += sorted(set(rest) ^ set(head if isinstance(head, list) else ()))
+    wrong += sorted(set(rest) ^ set(head))
     if wrong:
         raise InputError(f"{file} and {config_file.name} differ in {wrong[0]!r}: they are not of one run.")
     return Adapter(folder, config, matrices, {name: float(scaling[name]) for name in matrices}, rest)
@@ -353,10 +359,11 @@ def _split(state: Mapping[str, Tensor], source: Path) -> tuple[dict[str, dict[st
     for name, tensors in matrices.items():
         for leaf in ("lora_A", "lora_B"):
             if leaf not in tensors:
-                raise InputError(f"{source} lacks the key '{name}.{leaf}', but holds '{name}.{next(iter(tensors))}'.")
+                held = f"{name}.{next(iter(tensors))}"
+                raise InputError(f"{source} lacks the key {f'{name}.{leaf}'!r}, but holds {held!r}.")
             if tensors[leaf].ndim != 2 or not tensors[leaf].is_floating_point():
                 raise InputError(
-                    f"{source} has shape {_shape(tensors[leaf])} for '{name}.{leaf}', not a matrix of numbers."
+                    f"{source} has shape {_shape(tensors[leaf])} for {f'{name}.{leaf}'!r}, not a matrix of numbers."
                 )
         a, b = tensors["lora_A"], tensors["lora_B"]
         if a.shape[0] != b.shape[1] or a.shape[0] < 1:
@@ -366,7 +373,7 @@ def _split(state: Mapping[str, Tensor], source: Path) -> tuple[dict[str, dict[st
         for leaf in DIAGONALS:
             if leaf in tensors and tensors[leaf].numel() != a.shape[0]:
                 raise InputError(
-                    f"{source} has shape {_shape(tensors[leaf])} for '{name}.{leaf}', its rank is {a.shape[0]}."
+                    f"{source} has shape {_shape(tensors[leaf])} for {f'{name}.{leaf}'!r}, its rank is {a.shape[0]}."
                 )
     return matrices, rest
 
@@ -419,14 +426,14 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
         if r > layer.r or (r < layer.r and scaling is None):
             largest = max(m["lora_A"].shape[0] for m in adapter.matrices.values())
             raise InputError(
-                f"{source} has shape {_shape(a)} for '{name}.lora_A', this run needs {_shape(own['lora_A'])}: "
+                f"{source} has shape {_shape(a)} for {f'{name}.lora_A'!r}, this run needs {_shape(own['lora_A'])}: "
                 f"set --lora_r {largest}."
             )
         extra = sorted(set(tensors) - set(own))
         if extra:
             raise InputError(
-                f"{source} holds '{name}.{extra[0]}', which the layer {type(layer).__name__} of this run lacks: use "
-                "the entry point and --lora_type that trained it, or fold it by scripts/export_adapter.py --to lora."
+                f"{source} holds {f'{name}.{extra[0]}'!r}, which the layer {type(layer).__name__} of this run lacks: "
+                "use the entry point and --lora_type that trained it, or fold it: scripts/export_adapter.py --to lora."
             )
         smaller += r < layer.r
         ratio = 1.0 if scaling is None else scaling / layer.scaling
