@@ -329,3 +329,34 @@ def test_tiny_learning_rate_in_half_precision_file_trains_in_float32(
     assert any("lm_predictions" in k or "mask_predictions" in k for k in stored)
     entry_point("AdaLoRA").main([*usual, "--learning_rate", "1e-7"])
     assert {v.dtype for v in trained(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_ways_of_padding_evaluate_the_same(usual, entry_point, tmp_path) -> None:
+    """Real tokens see the same numbers however a batch is padded."""
+    from loralib.errors import InputError
+
+    flags = [f for f in usual if f != "--do_train"]
+    losses = [
+        entry_point("AdaLoRA").main([*flags, "--do_eval", *way])["eval_loss"]
+        for way in ([], ["--pad_to_max_length", "False"], ["--padding", "longest"], ["--padding", "unpadded"])
+    ]
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-6)
+    with pytest.raises(InputError, match="--padding unpadded needs a DeBERTa.*--attention fast"):
+        entry_point("AdaLoRA").main([*flags, "--do_eval", "--padding", "unpadded", "--attention", "stock"])
+
+
+def test_unpadded_training_equals_padded(usual, entry_point, tmp_path, tiny_model_dir) -> None:
+    """Without dropout three steps end with the same adapter, however batches are padded."""
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pooler_dropout": 0.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder, flags = METHODS["adalora"]
+    ends = []
+    for way in ("fixed", "longest", "unpadded"):
+        out = tmp_path / way
+        more = ["--padding", way, "--config_name", str(tmp_path), "--output_dir", str(out)]
+        entry_point(folder).main([*usual, *flags, *more])
+        ends.append(trained(out))
+    for other in ends[1:]:
+        for key, value in other.items():
+            torch.testing.assert_close(value, ends[0][key], rtol=0, atol=2e-5, msg=key)

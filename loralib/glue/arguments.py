@@ -54,6 +54,13 @@ class DataArguments:
     dataset_config_name: str | None = flag(None, "Configuration of the data set on the hub.")
     max_seq_length: int = flag(128, "Longer rows are cut to this many tokens.")
     pad_to_max_length: bool = flag(True, "Pad every row to max_seq_length; False: to the longest row of its batch.")
+    padding: str | None = flag(
+        None,
+        "fixed: every row to max_seq_length; longest: to the longest row of its batch, rounded up to 8; unpadded: as "
+        "longest, and DeBERTa computes real tokens only outside of its attention. Default: fixed, or longest with "
+        "--pad_to_max_length False.",
+        choices=["fixed", "longest", "unpadded"],
+    )
     overwrite_cache: bool = flag(False, "Tokenise anew even where a cached result exists.")
     max_train_samples: int | None = flag(None, "Use only this many rows for training.")
     max_eval_samples: int | None = flag(None, "Use only this many rows for evaluation.")
@@ -69,6 +76,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.max_seq_length < 1:
             raise InputError(f"max_seq_length is {self.max_seq_length}, it must be 1 or more.")
+        if self.padding is None:
+            self.padding = "fixed" if self.pad_to_max_length else "longest"
 
 
 @dataclass

@@ -29,6 +29,7 @@ from transformers import (
 
 from loralib.adapt import parameters
 from loralib.checkpoint import LOCK_FILE, last_checkpoint, lock, read_manifest, unlock
+from loralib.deberta import unpad, use_fast_attention
 from loralib.errors import InputError, RunError
 from loralib.export import load_lora
 from loralib.glue import card
@@ -232,8 +233,6 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if args.attention == "fast" and config.model_type == "deberta-v2":
-        from loralib.deberta import use_fast_attention
-
         use_fast_attention(model)
     return model, tokenizer
 
@@ -287,7 +286,14 @@ def trainer_parts(
     """The arguments of `LoRATrainer` that every method shares."""
     if run.training.push_to_hub and run.training.process_index == 0:
         card.make_repository(run.training)
-    fixed = args.pad_to_max_length
+    fixed = args.padding == "fixed"
+    if args.padding == "unpadded":
+        attention = run.arguments[0].attention
+        if attention != "fast" or not unpad(model):
+            raise InputError(
+                f"--padding unpadded needs a DeBERTa-v2 or v3 model without convolution and --attention fast, here are "
+                f"{type(model).__name__} and {attention}: use --padding longest."
+            )
 
     def tokenized(split: Dataset) -> Dataset:
         return tokenize(split, data.task, tokenizer, args.max_seq_length, fixed, overwrite_cache=args.overwrite_cache)
@@ -313,7 +319,7 @@ def _settings(run: Run, task: Task) -> dict[str, Any]:
     """Flags that decide the run's numbers: a checkpoint is only resumed with the same ones."""
     model, data, lora, _ = run.arguments
     own = {k: v for k, v in vars(lora).items() if k not in ("lora_path", "tb_writter_loginterval")}
-    own |= {k: getattr(data, k) for k in ("max_seq_length", "pad_to_max_length", "max_train_samples")}
+    own |= {k: getattr(data, k) for k in ("max_seq_length", "padding", "max_train_samples")}
     # the folder may move, its name is what one recognises
     return own | {"task": task.name, "model": Path(model.model_name_or_path).name, "cls_dropout": model.cls_dropout}
 
