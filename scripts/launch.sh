@@ -44,22 +44,17 @@ value_of() {
     echo "$value"
 }
 
-# Processes on this machine: NPROC, else one for each visible GPU, at least one.
-processes() {
+# Number of visible GPUs; 0 with --use_cpu among the flags.
+gpus() {
     local -a ids=()
-    if [[ -n "${NPROC:-}" ]]; then
-        [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$NPROC', it must be a number of processes, 1 or more."
-        echo "$NPROC"
-        return
-    elif [[ "$(value_of use_cpu "$(value_of no_cuda False "$@")" "$@")" == [Tt]rue ]]; then
-        echo 1
-        return
+    if [[ "$(value_of use_cpu "$(value_of no_cuda False "$@")" "$@")" == [Tt]rue ]]; then
+        :
     elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
         IFS=, read -ra ids <<<"$CUDA_VISIBLE_DEVICES"
     elif command -v nvidia-smi >/dev/null; then
         mapfile -t ids < <(nvidia-smi -L 2>/dev/null | grep '^GPU ' || true)
     fi
-    echo "$((${#ids[@]} > 0 ? ${#ids[@]} : 1))"
+    echo "${#ids[@]}"
 }
 
 # state FOLDER: new, logged (nothing but a sweep's log), anew (what a run left that was cut off before its first
@@ -96,7 +91,7 @@ state() {
 }
 
 run() { # METHOD FLAGS...
-    local method="$1" label="$1" share nodes="${NNODES:-1}" count accumulate output overwrite per_device
+    local method="$1" label="$1" visible share nodes="${NNODES:-1}" count accumulate output overwrite per_device
     local entry batch=32
     local -a flags=() own=() launcher=()
     shift
@@ -113,7 +108,9 @@ run() { # METHOD FLAGS...
         entry="$root/$entry"
     fi
 
-    count="$(processes "$@")"
+    visible="$(gpus "$@")"
+    count="${NPROC:-$((visible > 0 ? visible : 1))}"
+    [[ "$count" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$count', it must be a number of processes, 1 or more."
     share="$((count * nodes))"
     accumulate="$(value_of gradient_accumulation_steps 1 "$@")"
     if [[ -z "$(value_of per_device_train_batch_size "" "$@")" ]]; then
@@ -133,6 +130,7 @@ run() { # METHOD FLAGS...
     overwrite="$(value_of overwrite_output_dir False "$@")"
 
     if ((share > 1)); then
+        ((visible > 0)) || own+=(--use_cpu) # else each process would train alone
         launcher=(-m torch.distributed.run --nproc_per_node "$count")
         if ((nodes > 1)); then
             [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] ||

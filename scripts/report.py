@@ -59,7 +59,7 @@ class Run:
 
     folder: Path
     data: Mapping[str, Any]
-    stages: list[Mapping[str, Any]] = field(default_factory=list)
+    stages: Sequence[Mapping[str, Any]] = field(default_factory=list)
     variant: str = ""
 
     @property
@@ -168,10 +168,9 @@ def read(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
             stages = [_load(p) for p in sorted(folder.glob("stage-*/run.json"), key=lambda p: int(p.parent.name[6:]))]
         except FileNotFoundError:
             log = folder / "run.log"
-            lines = (
-                [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-            )
-            word = f"; it said last: {lines[-1].strip()[-300:]}" if lines else ""
+            lines = re.split(r"[\r\n]+", log.read_text(errors="replace")) if log.exists() else []
+            said = [line for line in lines if re.search(r"\berror: |Error: ", line)] or [x for x in lines if x.strip()]
+            word = f"; it said last: {said[-1].strip()[-300:]}" if said else ""
             others.append((folder, f"no results file: failed, cut off or still running{word}"))
             continue
         except ValueError:
@@ -377,12 +376,13 @@ def band(runs: Sequence[Run], key: str, x: str = "epoch") -> figures.Band | None
     if not common:
         return None
     values = np.array([[s[point] for point in common] for s in series], dtype=float)
-    return common, values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(common))
+    deviation = values.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(common))
+    return common, values.mean(0).tolist(), deviation.tolist()
 
 
 def scaled(line: figures.Band | None, factor: float) -> figures.Band | None:
     """A band in other units."""
-    return None if line is None else (line[0], np.multiply(line[1], factor), np.multiply(line[2], factor))
+    return None if line is None else (line[0], [factor * y for y in line[1]], [factor * y for y in line[2]])
 
 
 def draw(grouped: Mapping[tuple[str, str], list[Run]], selection: str, out: Path) -> tuple[list[str], list[str]]:
@@ -456,18 +456,18 @@ def draw(grouped: Mapping[tuple[str, str], list[Run]], selection: str, out: Path
 
         values_of = {}
         for name, runs in mine.items():
-            found = []
+            spectra: list[np.ndarray] = []
             for run in runs:
                 try:
-                    found += list(adapter_spectra(run.folder).values())
+                    spectra += adapter_spectra(run.folder).values()
                 except FileNotFoundError:
                     continue  # full fine-tuning has no adapter
                 except (OSError, ValueError, KeyError) as error:
                     problems.append(f"the adapter of {run.folder} cannot be read: {error}")
-            if found:
-                length = max(map(len, found))
-                padded = [np.pad(values, (0, length - len(values))) for values in found]
-                values_of[name] = (np.mean(padded, axis=0), [effective_rank(values) for values in found])
+            if spectra:
+                length = max(map(len, spectra))
+                padded = [np.pad(values, (0, length - len(values))) for values in spectra]
+                values_of[name] = (np.mean(padded, axis=0), [effective_rank(values) for values in spectra])
         if values_of:
             save(
                 figures.spectra(values_of, f"{task}: the trained updates, over all matrices and seeds"),

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -191,12 +192,29 @@ def descendants(pid: int) -> list[int]:
 def guard(parent: int, folder: Path, command: Sequence[str]) -> int:
     """Run `command` so that nothing of it outlives its Ray worker; returns its exit status.
 
-    A worker that is killed takes its guard down with SIGTERM, and the guard its run: first SIGTERM, so that a
-    checkpoint can be written, SIGKILL after `GRACE` seconds. The folder is locked meanwhile: a second attempt waits.
+    Two processes stand between the worker and the run, since Ray kills the children of a worker that it ends, at once
+    and with SIGKILL. The first dies with the worker, the second gets SIGTERM when the first is gone, and ends the run:
+    SIGTERM, so that a checkpoint can be written, SIGKILL after `GRACE` seconds. Both adopt what loses its parent below
+    them, so that either can clear up alone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    die_with_parent(signal.SIGKILL)
+    first = os.getpid()
+    if os.getppid() != parent:
+        return 1
+    second = os.fork()
+    if not second:
+        return watch(first, folder, command)
+    code = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+    kill_rest()
+    return abs(code)
+
+
+def watch(parent: int, folder: Path, command: Sequence[str]) -> int:
+    """The second process of `guard`. The folder is locked while it runs: a second attempt waits."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     die_with_parent(signal.SIGTERM)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent below becomes a child of this process
     if os.getppid() != parent:
         return 1
     with open(folder / LOCK_FILE, "w") as lock:
@@ -351,7 +369,11 @@ def sweep(jobs: Sequence[Job], args: argparse.Namespace) -> int:
             with open(os.path.join(folder, "run.log"), "ab") as log:
                 log.write(f"== {' '.join(command)}\n".encode())
                 log.flush()
-                return subprocess.run(own, cwd=place, env=env, stdin=-3, stdout=log, stderr=-2).returncode
+                # a session of its own: Ray may end the process group of a worker that died
+                null, out = subprocess.DEVNULL, subprocess.STDOUT
+                return subprocess.run(
+                    own, cwd=place, env=env, stdin=null, stdout=log, stderr=out, start_new_session=True
+                ).returncode
 
         progress = Progress(len(jobs), len(jobs) - len(todo), slots)
         failures: dict[Job, int] = {}
@@ -407,9 +429,12 @@ def wait_until_free(folder: Path) -> None:
 
 
 def last_line(log: Path) -> str:
-    """What a run said last."""
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
+    """What a run said last: its last error, else its last line."""
+    lines = (
+        [line.strip()[:300] for line in re.split(r"[\r\n]+", log.read_text(errors="replace"))] if log.exists() else []
+    )
+    errors = [line for line in lines if re.search(r"\berror: |Error: ", line)]
+    return next((line for line in [*errors[-1:], *reversed(lines)] if line), "no output")
 
 
 def numbers(text: str) -> list[int]:

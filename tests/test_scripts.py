@@ -138,6 +138,9 @@ def test_processes_keep_the_effective_batch(env: dict[str, str], words: list[str
 
 
 def test_one_gpu_or_none_is_one_plain_process() -> None:
+    two = {"NPROC": "2"}
+    assert "--use_cpu" in script("mrpc", "lora", CUDA_VISIBLE_DEVICES="", **two).stdout
+    assert "--use_cpu" not in script("mrpc", "lora", CUDA_VISIBLE_DEVICES="0,1", **two).stdout
     for devices in ("0", "GPU-8932f937", ""):
         command = script("mrpc", "lora", NPROC="", CUDA_VISIBLE_DEVICES=devices).stdout
         assert "torch.distributed" not in command

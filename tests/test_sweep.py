@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -176,28 +175,29 @@ def test_resources_of_a_run_and_runs_at_a_time() -> None:
 
 # ---- nothing outlives its worker ----
 
-FAMILY = "sleep 100 & setsid sleep 100 & echo $$ $(jobs -p) $(pgrep -P $$ sleep) > pids; wait"
 
-
-def start_family(folder: Path) -> tuple[subprocess.Popen[bytes], set[int]]:
-    """A worker with a guard whose run has children, one of them in a session of its own; and all their pids."""
+def start_family(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A worker, and the processes below it: two of the guard, then a run with children, one in a session of its own."""
     code = (
         "import os, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:3], str(os.getpid()), *sys.argv[3:]])"
     )
-    command = [str(SWEEP), "--guard", str(folder), "bash", "-c", f"cd {shlex.quote(str(folder))}; {FAMILY}"]
+    command = [str(SWEEP), "--guard", str(folder), "bash", "-c", "setsid sleep 100 & sleep 100 & wait"]
     worker = subprocess.Popen([sys.executable, "-c", code, *command], start_new_session=True)
-    pids = folder / "pids"
-    assert wait_for(lambda: pids.exists() and len(pids.read_text().split()) >= 3, 20)
-    found = {int(pid) for pid in pids.read_text().split()}
-    return worker, found | {int(Path(f"/proc/{min(found)}/stat").read_text().rpartition(")")[2].split()[1])}
+    assert wait_for(lambda: len(sweep.descendants(worker.pid)) >= 5, 20)
+    time.sleep(0.3)  # children of the run have become what they are
+    return worker, sweep.descendants(worker.pid)
 
 
-def test_killing_the_worker_ends_all_of_its_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victims", ["worker", "first", "worker and first", "second"])
+def test_killing_a_process_above_ends_all_of_the_run(victims: str, tmp_path: Path) -> None:
+    """`worker and first` is what Ray does to a worker that it ends."""
     worker, family = start_family(tmp_path)
-    assert len(family) >= 4 and all(map(alive, family))
-    worker.kill()
-    worker.wait()
+    assert len(family) == 5 and all(map(alive, family))
+    for name, pid in (("first", family[0]), ("second", family[1]), ("worker", worker.pid)):
+        if name in victims:
+            os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: not any(map(alive, family)), 20), [pid for pid in family if alive(pid)]
+    worker.wait()
 
 
 def test_second_attempt_waits_for_the_first(tmp_path: Path) -> None:
@@ -268,8 +268,8 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, str(SWEEP), *argv, "--output", str(killed)], env=os.environ | env,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert wait_for(lambda: (folder / "checkpoint-10" / "checkpoint.json").exists(), 120)
-    (guard,) = [p.parent for p in Path("/proc").glob("*/cmdline") if _is_guard(p, folder)]
-    worker = int((guard / "stat").read_text().rpartition(")")[2].split()[1])
+    guards = {int(p.parent.name) for p in Path("/proc").glob("*/cmdline") if _is_guard(p, folder)}
+    (worker,) = {parent(pid) for pid in guards} - guards
     family = sweep.descendants(worker)
     os.kill(worker, signal.SIGKILL)
     assert wait_for(lambda: not any(map(alive, family)), sweep.GRACE + 10)
@@ -279,6 +279,11 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
     expected = load_file(tmp_path / "straight" / "mrpc" / "rm-lora-v1" / "seed1" / "adapter.safetensors")
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[key], expected[key]) for key in found)
+
+
+def parent(pid: int) -> int:
+    """Its parent process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _is_guard(cmdline: Path, folder: Path) -> bool:
