@@ -8,7 +8,9 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -297,3 +299,55 @@ def test_data_parallel_counts_penalty_gates_and_importance_once(
     wrapped.train()
     assert isinstance(wrapped.model_wrapped, nn.DataParallel)
     assert runs.differences(runs.result(plain), runs.result(wrapped)) == []
+
+
+@pytest.mark.slow
+def test_torchrun_by_command_line(tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path) -> None:
+    """Stopped by SIGTERM to torchrun, started again, and equal to the straight run."""
+    values = {
+        "model_name_or_path": tiny_model_dir,
+        "dataset_name": mrpc_dir,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_type": "svd",
+        "target_rank": 2,
+        "init_warmup": 5,
+        "final_warmup": 10,
+        "mask_interval": 2,
+        "max_steps": 150,
+        "learning_rate": 0.01,
+        "max_seq_length": 32,
+        "logging_steps": 10,
+        "save_steps": 1000,
+        "train_sampling_strategy": "group_by_length",
+        "pad_to_max_length": "False",
+        "report_to": "none",
+        "disable_tqdm": "True",
+        "use_cpu": "True",
+        "ddp_backend": "gloo",
+    }
+    flags = ["--do_train", "--do_eval", "--apply_lora", "--apply_adalora", *(f"--{k}={v}" for k, v in values.items())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(runs.ROOT / "AdaLoRA" / "run_glue.py"), *flags, "--per_device_train_batch_size=4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(runs.ROOT)}
+
+    def record(name: str) -> dict[str, Any]:
+        return json.loads((tmp_path / name / "run.json").read_text())
+
+    def begin(name: str) -> subprocess.Popen[bytes]:
+        log = open(tmp_path / f"{name}.log", "ab")  # noqa: SIM115 - the process keeps it
+        return subprocess.Popen([*command, f"--output_dir={tmp_path / name}"], env=environment, stdout=log, stderr=log)
+
+    straight = begin("straight")
+    stopped = begin("stopped")
+    while "'loss'" not in (tmp_path / "stopped.log").read_text():
+        assert stopped.poll() is None, (tmp_path / "stopped.log").read_text()[-3000:]
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(120) != 0
+    assert record("stopped")["status"] == "interrupted" and 0 < record("stopped")["steps"] < 150
+    assert straight.wait(300) == 0
+    assert begin("stopped").wait(300) == 0
+    assert record("stopped")["status"] == "finished" and record("stopped")["world_size"] == 2
+    a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("straight", "stopped"))
+    assert all(torch.equal(a[k], b[k]) for k in a)

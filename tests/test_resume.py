@@ -355,8 +355,9 @@ def test_killed_at_each_operation_on_a_checkpoint(flags: list[str], tmp_path: Pa
     for die_at in range(1, operations + 1):
         arguments = [*flags, f"--output_dir={tmp_path / str(die_at)}"]
         process = runs.start(runs.enter, "AdaLoRA", arguments, f"{tmp_path}/log", die_at)
-        assert runs.finished(process) == -signal.SIGKILL
-        assert runs.finished(runs.start(runs.enter, "AdaLoRA", arguments, f"{tmp_path}/log")) == 0
+        assert runs.finished(process) == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
+        again = runs.finished(runs.start(runs.enter, "AdaLoRA", arguments, f"{tmp_path}/log"))
+        assert again == 0, (die_at, (tmp_path / "log").read_text()[-3000:])
         found, logs = outcome(tmp_path / str(die_at))
         assert all(torch.equal(found[k], tensors[k]) for k in tensors) and logs == history, die_at
     print(operations)
