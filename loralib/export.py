@@ -155,7 +155,7 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: str, hea
     Returns:
         Names of trainable parameters that kept their values.
     """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     needed = adapter_state(model)
     unknown = sorted(set(state) - set(own))
     if unknown:
@@ -416,25 +416,8 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
             fresh += 1
             state |= {f"{name}.{key}": value for key, value in own.items()}
             continue
-        a, b = tensors["lora_A"], tensors["lora_B"]
-        r, scaling = a.shape[0], adapter.scaling.get(name)
-        if a.shape[1] != layer.in_features or b.shape[0] != layer.out_features:
-            raise InputError(
-                f"{source} has shapes {_shape(a)} and {_shape(b)} for lora_A and lora_B of {name!r}, this run needs "
-                f"{_shape(own['lora_A'])} and {_shape(own['lora_B'])}: it was trained on another model."
-            )
-        if r > layer.r or (r < layer.r and scaling is None):
-            largest = max(m["lora_A"].shape[0] for m in adapter.matrices.values())
-            raise InputError(
-                f"{source} has shape {_shape(a)} for {f'{name}.lora_A'!r}, this run needs {_shape(own['lora_A'])}: "
-                f"set --lora_r {largest}."
-            )
-        extra = sorted(set(tensors) - set(own))
-        if extra:
-            raise InputError(
-                f"{source} holds {f'{name}.{extra[0]}'!r}, which the layer {type(layer).__name__} of this run lacks: "
-                "use the entry point and --lora_type that trained it, or fold it: scripts/export_adapter.py --to lora."
-            )
+        r, scaling = tensors["lora_A"].shape[0], adapter.scaling.get(name)
+        _refuse_unfit(source, name, layer, own, tensors, exact=scaling is None)
         smaller += r < layer.r
         ratio = 1.0 if scaling is None else scaling / layer.scaling
         if scaling is not None and not math.isclose(ratio, 1.0, rel_tol=1e-12):
@@ -443,7 +426,7 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
             ratio = 1.0
         diagonal = next((key for key in DIAGONALS if key in own), None)
         if diagonal is not None:  # a row or a column; ones in a file of plain factors
-            values = tensors.get(diagonal, torch.ones(r, dtype=a.dtype))
+            values = tensors.get(diagonal, torch.ones(r, dtype=tensors["lora_A"].dtype))
             tensors = tensors | {diagonal: values.reshape((1, r) if own[diagonal].shape[0] == 1 else (r, 1))}
         for key in tensors:
             value = tensors[key] * ratio if ratio != 1.0 and key == (diagonal or "lora_B") else tensors[key]
@@ -460,12 +443,39 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
         lines.append(f"{smaller} of {len(layers)} matrices have a lower rank there: further directions start anew")
     for theirs, ours in sorted(scalings)[:1]:
         lines.append(
-            f"it was trained with the scaling {theirs:g}, this run has {ours:g}: the factor went into its values"
+            f"it was trained with the scaling {theirs:g}, this run has {ours:g}: the ratio went into its values"
         )
     labels, own_labels = adapter.config.get("label_names"), getattr(getattr(model, "config", None), "id2label", None)
     if labels and not kept and own_labels and list(labels) != [own_labels[i] for i in sorted(own_labels)]:
         lines.append(f"its head was trained for the labels {', '.join(map(str, labels))}, which are not this run's")
     return lines
+
+
+def _refuse_unfit(
+    source: str,
+    name: str,
+    layer: LoRALinear,
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    exact: bool,
+) -> None:
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    if a.shape[1] != layer.in_features or b.shape[0] != layer.out_features:
+        raise InputError(
+            f"{source} has shapes {_shape(a)} and {_shape(b)} for lora_A and lora_B of {name!r}, this run needs "
+            f"{_shape(own['lora_A'])} and {_shape(own['lora_B'])}: it was trained on another model."
+        )
+    if a.shape[0] > layer.r or (exact and a.shape[0] != layer.r):
+        raise InputError(
+            f"{source} has shape {_shape(a)} for {f'{name}.lora_A'!r}, this run needs {_shape(own['lora_A'])}: "
+            f"set --lora_r {a.shape[0]}{'' if exact else ' or more'}."
+        )
+    extra = sorted(set(tensors) - set(own))
+    if extra:
+        raise InputError(
+            f"{source} holds {f'{name}.{extra[0]}'!r}, which the layer {type(layer).__name__} of this run lacks: "
+            "use the entry point and --lora_type that trained it, or fold it: scripts/export_adapter.py --to lora."
+        )
 
 
 def _padded(value: Tensor, fresh: Tensor) -> Tensor:

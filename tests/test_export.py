@@ -265,6 +265,13 @@ def test_parameters_shared_between_matrices_are_saved_once_and_exported_everywhe
     export_merged(tmp_path / "run", tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     assert (logits(merged) - logits(model)).abs().max() < 1e-5
+    for load in (load_adapter, load_lora):
+        again = load_base(base, 2)
+        adapt(again, LoRALinear, ["query", "key"], r=R, lora_alpha=12.0)
+        for _, layer in list(adapted_layers(again))[1:]:
+            layer.lora_A = next(adapted_layers(again))[1].lora_A
+        load(again, tmp_path / "run")
+        assert torch.equal(logits(again), logits(model))
 
 
 def test_deberta_v3_base_fits_the_sizes_promised() -> None:
