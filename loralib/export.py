@@ -719,7 +719,11 @@ def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", 
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise InputError(f"the base model {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        asked = "" if Path(name).expanduser().is_dir() else " from the hub (or its cache)"
+        raise InputError(
+            f"the base model {name} cannot be loaded{asked}: {' '.join(str(error).split())[:300]} A copy elsewhere is "
+            "named by --base."
+        ) from error
     # the head is replaced in any case; of the backbone nothing may be missing
     for lost in (*found["missing_keys"], *found["mismatched_keys"]):
         key, *shapes = lost if isinstance(lost, tuple | list) else (lost,)
