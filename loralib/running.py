@@ -80,6 +80,8 @@ class RunTrainer(Trainer):
     model: Any
     train_dataset: Any
     processing_class: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, *, settings: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -357,6 +359,12 @@ class RunTrainer(Trainer):
         """Whether a checkpoint has to wait until the end of the epoch has evaluated and logged (exact resume)."""
         ends = self.control.should_training_stop or float(self.state.epoch or 0).is_integer()
         return ends and not self._epoch_over
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As stock, for what this project trains with; older versions cannot load for several processes on the CPU."""
+        if checkpoint is not None:
+            for name, piece in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+                piece.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint; it counts once its manifest is there, and only then older ones are removed."""
