@@ -725,7 +725,7 @@ def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", 
             "named by --base."
         ) from error
     # the head is replaced in any case; of the backbone nothing may be missing
-    for lost in (*found["missing_keys"], *found["mismatched_keys"]):
+    for lost in sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str):
         key, *shapes = lost if isinstance(lost, tuple | list) else (lost,)
         if key not in adapter.rest and key.startswith(f"{backbone_of(model)[0]}."):
             shown = f" with shapes {' and '.join(str(tuple(s)) for s in shapes)}" if shapes else ""
