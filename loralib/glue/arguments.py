@@ -1,5 +1,6 @@
 """Command line shared by the entry points: dataclasses of flags, and how they are parsed and refused."""
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -176,6 +177,10 @@ class GlueTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside each flag, the description's lines as they are."""
+
+
 class _Parser(HfArgumentParser):
     """Raises a sentence where argparse would print all flags."""
 
@@ -185,7 +190,8 @@ class _Parser(HfArgumentParser):
 
 def make_parser(*classes: Any, description: str = "") -> HfArgumentParser:
     """The parser of an entry point, its flags grouped by dataclass."""
-    return _Parser(list(classes), description=description)
+    usage = "%(prog)s FLAGS\n       %(prog)s FILE.json | FILE.yaml"
+    return _Parser(list(classes), description=description, usage=usage, formatter_class=_Help)
 
 
 def parse(classes: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> tuple[Any, ...]:
