@@ -60,7 +60,7 @@ def card_text(run: dict[str, Any]) -> str:
         facts["Trained parameters"] = f"{counts['trainable']:,} (all)"
     else:
         facts |= {
-            "Rank r, alpha": f"{flags.get('lora_r')}, {flags.get('lora_alpha'):g}",
+            "Rank r, alpha": f"{flags.get('lora_r')}, {flags.get('lora_alpha')}",
             "Adapted layers": f"{flags.get('lora_module')} ({len(counts['modules'])} matrices)",
             "Low-rank parameters without what is pruned": f"{counts['remaining']:,}",
         }
