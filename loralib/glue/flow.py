@@ -443,7 +443,7 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
             "method": method,
             "task": task,
             "seed": args.seed,
-            "command": run.command,
+            "command": card.without_tokens(run.command),
             "arguments": {k: v for part in run.arguments for k, v in flags_of(part).items()},
             "commit": git_commit(),
             "versions": versions(),
