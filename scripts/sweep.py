@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -301,6 +302,14 @@ def start_ray(address: str | None) -> Any:
             f"sweeps run on Ray, which is not installed: pip install -e '{ROOT}[sweep]' (a single run needs no Ray: "
             "bash scripts/mrpc.sh lora)."
         ) from error
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # Ray itself takes minutes to give up
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise InputError(
+                f"nothing answers at --address {address} ({error}): start Ray there, or leave it out."
+            ) from error
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address:

@@ -116,6 +116,13 @@ def test_without_ray_it_says_how_to_install_it(
     assert "Ray, which is not installed: pip install -e" in capsys.readouterr().err
 
 
+def test_address_where_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        with pytest.raises(sweep.InputError, match=f"nothing answers at --address {address}"):
+            sweep.start_ray(address)
+
+
 def test_finished_runs_are_known_by_their_results(tmp_path: Path) -> None:
     job = jobs("--tasks", "mrpc", "--methods", "lora", "--seeds", "1", "--output", str(tmp_path), "--lora_r", "8",
                "--learning_rate=1e-3", "--bf16")[0]  # fmt: skip
