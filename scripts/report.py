@@ -187,9 +187,47 @@ def read(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
 
 def _load(path: Path) -> dict[str, Any]:
     data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict) or data.get("version") != 1:
+    if not isinstance(data, dict) or data.get("version") != 1 or not _like(data, RESULTS):
         raise ValueError(path)
     return data
+
+
+# What is read of a results file: an example of each kind; None: a number or None. Keys may be missing, "*" is any key.
+RESULTS: Any = {
+    "status": "",
+    "method": "",
+    "task": "",
+    "seed": 0,
+    "arguments": {"seed": 0, "reg_orth_coef": 0.0},
+    "effective_batch": 0,
+    "steps": 0,
+    "parameters": {"trainable": 0, "lora": 0, "remaining": 0, "modules": {"*": {"rank": 0}}},
+    "metrics": {"*": 0.0},
+    "history": [{"*": 0.0, "epoch": None}],
+    "wall_seconds": 0.0,
+    "lambda": 0.0,
+    "remaining": 0,
+    "stages": [{"lambda": 0.0, "remaining": 0, "steps": 0, "metrics": {"*": 0.0}}],
+}
+
+
+def _like(value: Any, example: Any) -> bool:
+    """Whether JSON is of the example's kind: a file that something else wrote or broke is not."""
+    if isinstance(example, dict):
+        if not isinstance(value, dict):
+            return False
+        known = [key for key in value if key in example or "*" in example]
+        return all(_like(value[key], example.get(key, example.get("*"))) for key in known)
+    if isinstance(example, list):
+        return isinstance(value, list) and all(_like(v, example[0]) for v in value)
+    if isinstance(example, str):
+        return isinstance(value, str)
+    return (
+        value is example is None
+        or isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not abs(value) > 1e25
+    )
 
 
 def _name_variants(runs: Sequence[Run]) -> None:

@@ -295,3 +295,53 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
     path.write_text(f"model_name_or_path: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'ran'}]\n")
     assert one_sentence(lambda: parse(CLASSES, [str(path)]))
     assert not (tmp_path / "ran").exists()
+
+
+# ---- results files ----
+
+
+def swapped(value: Any, draw: random.Random) -> Any:
+    """The same JSON with one part, anywhere in it, replaced by another kind of value."""
+    if isinstance(value, dict | list) and value and draw.random() < 0.8:
+        copy = value.copy()
+        key = draw.choice(sorted(copy)) if isinstance(copy, dict) else draw.randrange(len(copy))
+        copy[key] = swapped(copy[key], draw)
+        return copy
+    return draw.choice([None, "x", -1, 1e400, [], {}, [1], {"a": [{}]}, True, [[None]], float("nan"), 10**30])
+
+
+def test_broken_results_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report is made all the same, from the runs that are whole, and it names the one that is not."""
+    import report
+
+    monkeypatch.setattr(report, "draw", lambda *a: ([], []))  # seconds each
+    epochs = [
+        {"eval_accuracy": 0.5 + e / 10, "eval_f1": 0.6, "eval_loss": 0.7, "rank_total": 9, "epoch": e, "step": 4 * e}
+        for e in (1, 2)
+    ]
+    results = {
+        "version": 1,
+        "status": "finished",
+        "method": "lora",
+        "task": "mrpc",
+        "seed": 1,
+        "command": ["run_glue.py"],
+        "arguments": {"seed": 1, "lora_r": 8, "model_name_or_path": "m", "reg_orth_coef": 0.0},
+        "effective_batch": 32,
+        "steps": 8,
+        "parameters": {"trainable": 5, "lora": 4, "remaining": 4, "modules": {"q": {"rank": 2, "trainable": 4}}},
+        "metrics": {"eval_accuracy": 0.7, "eval_f1": 0.6, "train_runtime": 3.0},
+        "history": [{"loss": 0.7, "epoch": 0.5, "step": 2}, *epochs],
+        "wall_seconds": 3.5,
+    }
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "run.json").write_text(json.dumps(results | {"arguments": {"seed": 2, "lora_r": 8}}))
+    (tmp_path / "broken").mkdir()
+    path = tmp_path / "broken" / "run.json"
+    draw = random.Random(0)
+    contents = [json.dumps(swapped(results, draw)).encode() for _ in range(150)]
+    for number, content in enumerate([*contents, *mutations(json.dumps(results, indent=1).encode(), 60)]):
+        path.write_bytes(content)
+        for selection in ("last", "best"):
+            report.report(tmp_path, tmp_path / "out", selection)
+        assert "lora" in (tmp_path / "out" / "report.md").read_text(), number
