@@ -286,7 +286,8 @@ class RunTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         names = self.processing_class.model_input_names if self.processing_class is not None else ["input_ids"]
-        lengths = [len(row[names[0]]) for row in dataset]
+        table = hasattr(dataset, "column_names")  # a Dataset reads one column much faster than its rows
+        lengths = [len(ids) for ids in (dataset[names[0]] if table else (row[names[0]] for row in dataset))]
         if min(lengths) == max(lengths):
             logger.warning(
                 "all rows have length %d, so grouping by length does nothing: --pad_to_max_length False", lengths[0]
