@@ -216,6 +216,9 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         tokenizer = AutoTokenizer.from_pretrained(
             args.tokenizer_name or name, use_fast=args.use_fast_tokenizer, **common
         )
+        if tokenizer.pad_token is None:  # decoder models have none
+            tokenizer.pad_token = tokenizer.eos_token
+        config.pad_token_id = tokenizer.pad_token_id  # before the model is built: RoBERTa counts positions by it
         # float32 whatever the file holds: the hub's DeBERTa-v3 is stored in half precision (ledger G2)
         model = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **common
@@ -229,9 +232,6 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
             else " (no such folder here, so the hub was asked; it may not have been reachable)"
         )
         raise InputError(f"the model {name} cannot be loaded{where}: {' '.join(str(error).split())[:500]}") from error
-    if tokenizer.pad_token is None:  # decoder models have none
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
     if args.attention == "fast" and config.model_type == "deberta-v2":
         use_fast_attention(model)
     return model, tokenizer
