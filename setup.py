@@ -31,7 +31,7 @@ setup(
     extras_require={
         "test": TEST,
         "report": ["matplotlib>=3.9"],
-        "sweep": ["ray[tune]>=2.50"],
+        "sweep": ["ray>=2.60,<2.61"],
         "peft": ["peft>=0.19"],
     },
 )

@@ -143,12 +143,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             flow.announce(stage, trainer, f"{method}, stage {number}: threshold {threshold:.4g}", adapted)
             flow.finish(stage, trainer, data, method)
     if earlier:
-        run = stages.last_stage(run, last[0], lora.lambda_epochs)
+        run = stages.last_stage(run, last[0], lora.lambda_epochs, ("lambda", "remaining", "gates"))
     trainer = trainer_for(run.training, last[1])
     flow.announce(run, trainer, method, adapted, *lines)
     metrics = flow.finish(run, trainer, data, method)
     if earlier:
-        stages.collect_stages(run, [number for number, _ in earlier], ("lambda", "remaining", "gates"))
+        stages.show_stages(run)
     return metrics
 
 

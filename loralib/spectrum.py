@@ -67,7 +67,6 @@ def adapter_spectra(folder: str | Path) -> dict[str, Array]:
         if kind != "lora_A":
             continue
         between = state.get(f"{name}.lora_E", state.get(f"{name}.lora_gate"))
-        scaling = config["lora_alpha"] / len(lora_A)
         diagonal = None if between is None else between.reshape(-1)
-        spectra[name] = singular_values(lora_A, state[f"{name}.lora_B"], diagonal, scaling)
+        spectra[name] = singular_values(lora_A, state[f"{name}.lora_B"], diagonal, config["scaling"][name])
     return spectra

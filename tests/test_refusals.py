@@ -93,6 +93,14 @@ def test_refused(folder: str, changes: dict, said: str, usual, entry_point, tmp_
     assert not left, "nothing is written for a run that does not start"
 
 
+def test_processes_that_would_train_apart_are_refused(usual, entry_point, monkeypatch) -> None:
+    """torchrun on a machine with fewer GPUs than processes, without --use_cpu: each would be a world of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(InputError, match="torchrun started 2 processes and each would train alone.*--use_cpu"):
+        entry_point("AdaLoRA").main(argv(usual))
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.yaml"])
 @pytest.mark.parametrize(
     ("text", "said"),

@@ -70,7 +70,7 @@ def make_run(
     state = {f"{n}.lora_A": rng.normal(size=(r, 32)).astype("float32") for n in names}
     state |= {f"{n}.lora_B": rng.normal(size=(32, r)).astype("float32") for n in names}
     save_file(state, folder / "adapter.safetensors")
-    (folder / "adapter.json").write_text(json.dumps({"lora_alpha": 16}))
+    (folder / "adapter.json").write_text(json.dumps({"scaling": dict.fromkeys(names, 16 / r)}))
     return run
 
 
@@ -112,7 +112,7 @@ def test_adapter_spectra_know_gates_and_scaling(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     A, B, gate = rng.normal(size=(4, 10)), rng.normal(size=(6, 4)), np.array([[1.0, 0, -2, 0]])
     save_file({"x.lora_A": A, "x.lora_B": B, "x.lora_gate": gate}, tmp_path / "adapter.safetensors")
-    (tmp_path / "adapter.json").write_text('{"lora_alpha": 8}')
+    (tmp_path / "adapter.json").write_text('{"scaling": {"x": 2.0}}')
     expected = np.linalg.svd(2 * B @ np.diag(gate[0]) @ A, compute_uv=False)[:4]
     np.testing.assert_allclose(adapter_spectra(tmp_path)["x"], expected, atol=1e-12)
     (tmp_path / "adapter.safetensors").write_bytes(b"cut")

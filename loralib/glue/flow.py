@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +55,7 @@ class Run:
     submission: str | None
     command: list[str]
     started: float = field(default_factory=time.time)
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict  # adds to the record before it is written
 
 
 def start(
@@ -77,6 +78,11 @@ def start(
         raise InputError(
             f"--{name} is not supported: AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, which "
             f"{name} shards; train on several GPUs with torchrun instead."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
+        raise InputError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes and each would train alone: there are not as many "
+            "GPUs; on the CPU give --use_cpu, else start one process for each GPU (--nproc_per_node)."
         )
     if training.auto_find_batch_size and training.world_size > 1:
         raise InputError(
@@ -435,29 +441,27 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()
     }
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    write_json(
-        Path(args.output_dir) / RUN_FILE,
-        {
-            "version": RUN_VERSION,
-            "status": status,
-            "method": method,
-            "task": task,
-            "seed": args.seed,
-            "command": card.without_tokens(run.command),
-            "arguments": {k: v for part in run.arguments for k, v in flags_of(part).items()},
-            "commit": git_commit(),
-            "versions": versions(),
-            "hardware": hardware(),
-            "world_size": args.world_size,
-            "effective_batch": trainer.get_total_train_batch_size(args),
-            "steps": trainer.state.global_step,
-            "parameters": parameters(trainer.model),
-            "metrics": metrics,
-            "history": trainer.state.log_history,
-            "wall_seconds": round(time.time() - run.started, 3),
-            **summary,
-        },
-    )
+    record = {
+        "version": RUN_VERSION,
+        "status": status,
+        "method": method,
+        "task": task,
+        "seed": args.seed,
+        "command": card.without_tokens(run.command),
+        "arguments": {k: v for part in run.arguments for k, v in flags_of(part).items()},
+        "commit": git_commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "world_size": args.world_size,
+        "effective_batch": trainer.get_total_train_batch_size(args),
+        "steps": trainer.state.global_step,
+        "parameters": parameters(trainer.model),
+        "metrics": metrics,
+        "history": trainer.state.log_history,
+        "wall_seconds": round(time.time() - run.started, 3),
+        **summary,
+    }
+    write_json(Path(args.output_dir) / RUN_FILE, run.complete(record))
 
 
 def flags_of(part: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from loralib.checkpoint import last_checkpoint
 from loralib.export import load_adapter
 from loralib.glue.flow import Run, logger
-from loralib.glue.report import RUN_FILE, write_json
+from loralib.glue.report import RUN_FILE
 from loralib.trainer import LoRATrainer
 
 
@@ -28,9 +28,23 @@ def start_stage(run: Run, number: int, epochs: float | None) -> Run:
     return dataclasses.replace(run, training=training, checkpoint=str(found) if found else None)
 
 
-def last_stage(run: Run, number: int, epochs: float | None) -> Run:
-    """The run of the last stage, in the folder of the whole."""
-    return dataclasses.replace(run, training=_with_epochs(run.training, number, epochs))
+def last_stage(run: Run, number: int, epochs: float | None, keys: tuple[str, ...]) -> Run:
+    """The run of the last stage, in the folder of the whole; its `run.json` gets the curve over all ("stages").
+
+    Args:
+        number: stages before this one.
+        keys: entries of each stage's `run.json` that the curve holds beside its metrics and steps.
+    """
+    out = Path(run.training.output_dir)
+
+    def with_curve(record: dict[str, Any]) -> dict[str, Any]:
+        curve = []
+        for stage in [*(_read(out / f"stage-{k}") for k in range(number)), record]:
+            metrics = {k: v for k, v in stage["metrics"].items() if k.startswith("eval_")}
+            curve.append({**{k: stage[k] for k in keys}, "metrics": metrics, "steps": stage["steps"]})
+        return record | {"stages": curve}
+
+    return dataclasses.replace(run, training=_with_epochs(run.training, number, epochs), complete=with_curve)
 
 
 def _with_epochs(training: Any, number: int, epochs: float | None, **changes: Any) -> Any:
@@ -51,30 +65,18 @@ def take_finished_stage(run: Run, trainer: LoRATrainer) -> bool:
     return True
 
 
-def collect_stages(run: Run, earlier: list[int], keys: tuple[str, ...]) -> None:
-    """Put the curve over all stages into the run's `run.json` ("stages") and, where it is on, into TensorBoard.
-
-    Args:
-        earlier: numbers of the stages before the last.
-        keys: entries of each stage's `run.json` that the curve holds beside its metrics and steps.
-    """
-    if not run.training.should_save:
+def show_stages(run: Run) -> None:
+    """Put the curve over all stages into TensorBoard, where it is on."""
+    if not run.training.should_save or "tensorboard" not in run.training.report_to:
         return
-    out = Path(run.training.output_dir)
-    whole = _read(out)
-    curve = []
-    for record in [*(_read(out / f"stage-{number}") for number in earlier), whole]:
-        metrics = {k: v for k, v in record["metrics"].items() if k.startswith("eval_")}
-        curve.append({**{k: record[k] for k in keys}, "metrics": metrics, "steps": record["steps"]})
-    write_json(out / RUN_FILE, whole | {"stages": curve})
-    if "tensorboard" in run.training.report_to:
-        from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(out / "runs" / "stages")) as writer:
-            for number, point in enumerate(curve):
-                for name, value in (point | point["metrics"]).items():
-                    if isinstance(value, int | float):
-                        writer.add_scalar(f"Stages/{name}", value, number)
+    out = Path(run.training.output_dir)
+    with SummaryWriter(str(out / "runs" / "stages")) as writer:
+        for number, point in enumerate(_read(out)["stages"]):
+            for name, value in (point | point["metrics"]).items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(f"Stages/{name}", value, number)
 
 
 def _read(folder: Path) -> dict[str, Any]:
