@@ -320,6 +320,21 @@ def test_output_folder_is_resumed_refused_or_cleared(usual, entry_point, tmp_pat
         main(usual)
 
 
+def test_evaluation_in_the_folder_of_a_training_keeps_its_record(usual, entry_point, tmp_path) -> None:
+    main, out = entry_point("AdaLoRA").main, tmp_path / "out"
+    main([*usual, "--do_eval"])
+    record, adapter = (out / "run.json").read_text(), trained(out)
+    again = [x for x in usual if x != "--do_train"] + ["--lora_path", str(out)]
+    found = main([*again, "--do_eval", "--do_predict"])
+    assert (out / "run.json").read_text() == record and list(out.glob("predict_results*"))
+    assert found["eval_loss"] == json.loads((out / "eval_results.json").read_text())["eval_loss"]
+    assert all(torch.equal(adapter[k], v) for k, v in trained(out).items())
+    alone = tmp_path / "alone"  # elsewhere an evaluation has a record of its own, which the next one replaces
+    for rows in (8, 4):
+        main([*again, "--do_eval", "--output_dir", str(alone), "--max_eval_samples", str(rows)])
+        assert json.loads((alone / "run.json").read_text())["metrics"]["eval_samples"] == rows
+
+
 def test_tiny_learning_rate_in_half_precision_file_trains_in_float32(
     usual, entry_point, tiny_model_dir, tmp_path
 ) -> None:

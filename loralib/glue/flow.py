@@ -1,5 +1,6 @@
 """The steps that the entry points share: output folder, model, what the log says at the start, train and report."""
 
+import json
 import logging
 import os
 import re
@@ -435,8 +436,11 @@ def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics:
 
 
 def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: str, metrics: dict[str, Any]) -> None:
-    """Write `run.json` (see the report for what reads it)."""
+    """Write `run.json` (see the report for what reads it). An evaluation alone replaces no record of a training."""
     args = run.training
+    if not args.do_train and _has_trained(Path(args.output_dir) / RUN_FILE):
+        logger.info("%s stays the record of the training; what was computed now is beside it", RUN_FILE)
+        return
     summary = {
         k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()
     }
@@ -462,6 +466,13 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         **summary,
     }
     write_json(Path(args.output_dir) / RUN_FILE, run.complete(record))
+
+
+def _has_trained(file: Path) -> bool:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["arguments"]["do_train"] is True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def flags_of(part: Any) -> dict[str, Any]:
