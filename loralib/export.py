@@ -95,12 +95,19 @@ def adapter_facts(model: nn.Module) -> dict[str, Any]:
     head = [name for name, p in model.named_parameters() if p.requires_grad and not is_lora(name)]
     facts: dict[str, Any] = {
         "backbone_sum": backbone_sum(model, head),
-        "low_rank": all(type(layer).delta_weight is LoRALinear.delta_weight for _, layer in adapted_layers(model)),
+        "low_rank": all(_low_rank(layer) for _, layer in adapted_layers(model)),
         "head": head,
         "ranks": ranks(model),
         "scaling": {name: float(layer.scaling) for name, layer in adapted_layers(model)},
     }
     return facts | ({"shared": shared} if shared else {})
+
+
+def _low_rank(layer: LoRALinear) -> bool:
+    """Whether the layer's tensors alone give its update: scaling B diag A, with d as it is in the file."""
+    d, held = layer.diagonal(), [getattr(layer, key) for key in DIAGONALS if hasattr(layer, key)]
+    stored = not held if d is None else len(held) == 1 and torch.equal(d, held[0].view(-1))
+    return stored and type(layer).delta_weight is LoRALinear.delta_weight
 
 
 def backbone_sum(model: nn.Module, head: Iterable[str]) -> float:
@@ -310,6 +317,8 @@ def _read_own(folder: Path) -> Adapter:
         n for n in sizes if sizes[n] and n not in matrices
     ]
     wrong += sorted(set(rest) ^ set(head))
+    if not wrong and config.get("low_rank") is True:
+        wrong = [name for name, tensors in matrices.items() if _rank(tensors) != sizes[name]]
     if wrong:
         raise InputError(f"{file} and {config_file.name} differ in {wrong[0]!r}: they are not of one run.")
     return Adapter(folder, config, matrices, {name: float(scaling[name]) for name in matrices}, rest)
@@ -340,6 +349,11 @@ def _read_peft(folder: Path) -> Adapter:
         r = tensors["lora_A"].shape[0]
         scaling[name] = alpha / (math.sqrt(r) if config.get("use_rslora") is True else r)
     return Adapter(folder, {}, matrices, scaling, rest, complete=False)
+
+
+def _rank(tensors: Mapping[str, Tensor]) -> int:
+    d = next((tensors[key] for key in DIAGONALS if key in tensors), None)
+    return tensors["lora_A"].shape[0] if d is None else int(d.count_nonzero())
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -672,6 +686,8 @@ def export_merged(
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no tokenizer loads from {adapter.source} or {name} ({type(error).__name__}).") from error
+    if tokenizer.pad_token is None:  # of a decoder's base; the run's own tokenizer has it
+        tokenizer.pad_token = tokenizer.eos_token
     with _new_folder(Path(out)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

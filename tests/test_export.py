@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertTokenizer,
     DebertaV2Config,
@@ -307,6 +308,17 @@ def test_files_are_as_readable_as_the_user_wants(tmp_path: Path) -> None:
     assert len(files) == 4 and {oct(p.stat().st_mode & 0o777) for p in files} == {"0o640"}
 
 
+def test_a_merged_decoder_pads_also_from_a_checkpoint_without_tokenizer(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"  # as Llama's
+    tokenizer.save_pretrained(base)
+    assert AutoTokenizer.from_pretrained(base).pad_token is None
+    export_merged(tmp_path / "run", tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token == "[SEP]"
+
+
 def test_a_failing_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(tmp_path / "base", "bert")
     make_run(tmp_path / "run", base)
@@ -352,6 +364,27 @@ def test_a_layer_with_a_product_of_its_own_is_refused_for_peft_and_merged_by_its
 
 
 # ---- into a run of other settings ----
+
+
+class Halved(GatedLinear):
+    """A variant whose diagonal is not the tensor in the file."""
+
+    def diagonal(self) -> Tensor:
+        return super().diagonal() / 2
+
+
+def test_a_layer_with_a_diagonal_of_its_own_is_not_folded_from_the_file(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    model = load_base(base, 2)
+    adapt(model, Halved, ["query", "value"], r=R, lora_alpha=12.0)
+    fill(model, None)
+    save_adapter(model, tmp_path / "run", facts(base, "halved"))
+    model.config.save_pretrained(tmp_path / "run")
+    with pytest.raises(InputError, match=r"--layer"):
+        export_peft(tmp_path / "run", tmp_path / "peft")
+    export_merged(tmp_path / "run", tmp_path / "merged", layer=Halved)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("layer", [LoRALinear, SVDLinear, GatedLinear])
@@ -531,6 +564,8 @@ def damaged(folder: Path, how: str) -> None:
         config.write_text(json.dumps(told | {"scaling": told["scaling"] | {name: float("inf")}}))
     elif how == "another run's config":
         config.write_text(json.dumps(told | {"ranks": {name: 4}}))
+    elif how == "the config of another step":
+        config.write_text(json.dumps(told | {"ranks": told["ranks"] | {name: told["ranks"][name] - 1}}))
     elif how == "another head":
         config.write_text(json.dumps(told | {"head": []}))
     elif how == "a pickle":
@@ -546,8 +581,8 @@ def damaged(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how",
     ["no config", "no weights", "cut weights", "cut config", "config is a list", "deep config", "newer", "a pickle",
-     "scaling is a text", "scaling is infinite", "another run's config", "another head", "one dimension", "integers",
-     "another rank", "no rank"],
+     "scaling is a text", "scaling is infinite", "another run's config", "the config of another step", "another head",
+     "one dimension", "integers", "another rank", "no rank"],
 )  # fmt: skip
 def test_a_damaged_adapter_is_one_sentence_that_names_the_file(tmp_path: Path, how: str) -> None:
     base = make_base(tmp_path / "base", "bert")
