@@ -45,6 +45,10 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
     """
     prefix, _ = backbone_of(model)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_head(n, prefix)]
+    if not linears:
+        raise InputError(
+            f"the backbone of {type(model).__name__} has no linear layer (nn.Linear) to adapt: choose another model."
+        )
     chosen: set[str] = set()
     for wanted in modules:
         if wanted == ALL_LINEAR:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from loralib.adapt import ALL_LINEAR, adapt, adapted_layers, backbone_of, factors, match_modules, parameters, ranks
 from loralib.errors import InputError
@@ -46,6 +46,12 @@ def test_what_matches_no_layer_of_the_backbone_is_refused_with_what_could(wanted
     for name in (repr(wanted), "BertForSequenceClassification", "query, key, value", "all-linear", "output.dense"):
         assert name in said
     assert "pooler." not in said.partition("choose from")[2] and "classifier" not in said.partition("choose from")[2]
+
+
+def test_a_backbone_without_linear_layers_is_refused() -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10, n_positions=8)
+    with pytest.raises(InputError, match=r"GPT2ForSequenceClassification has no linear layer \(nn.Linear\)"):
+        match_modules(GPT2ForSequenceClassification(config), ["all-linear"])
 
 
 def test_adapting_twice_is_refused() -> None:
