@@ -79,6 +79,9 @@ class LoRATrainer(RunTrainer):
         self._penalty_now: tuple[Tensor, list[nn.Parameter], list[Tensor]] | None = None
         self._penalty_sum = torch.zeros((), device=self.args.device)
         self._penalty_steps = 0
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and getattr(self.args, "logging_dir", None) is not None:
+                callback.logging_dir = self.args.logging_dir
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.make_optimizer is not None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -258,13 +259,12 @@ def test_older_names_and_files_mean_the_same(usual, entry_point, tmp_path) -> No
         assert training.train_sampling_strategy == "group_by_length" and training.use_cpu
         assert training.overwrite_output_dir is True and training.learning_rate == 0.01
         assert lora.tb_writter_loginterval == 7 and lora.lora_r == 4 and lora.apply_lora is True
+    (tmp_path / "a.json").write_text(json.dumps({**values, "report_to": "tensorboard", "max_steps": 8}))
     module.main([str(tmp_path / "a.json")])
-    out = tmp_path / "out"
-    assert (
-        "eval_accuracy"
-        in json.loads((out / "run.json").read_text())["history"][-2]
-        | json.loads((out / "run.json").read_text())["metrics"]
-    )
+    history = json.loads((tmp_path / "out" / "run.json").read_text())["history"]
+    assert [entry["step"] for entry in history if "eval_accuracy" in entry] == [8, 8]  # the epoch's and the final one
+    assert list((tmp_path / "tb").glob("events.out.tfevents.*")) and not (tmp_path / "out" / "runs").exists()
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ  # nothing of a run stays with the process
 
 
 def test_abbreviations_and_both_spellings_of_booleans(entry_point) -> None:

@@ -168,8 +168,6 @@ class GlueTrainingArguments(TrainingArguments):
                 raise InputError(f"warmup_ratio is {self.warmup_ratio}, it must lie in 0 to 1, below 1.")
             if self.warmup_ratio:
                 self.warmup_steps = self.warmup_ratio
-        if self.logging_dir is not None:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         if self.no_cuda:
             self.use_cpu = True
         super().__post_init__()
@@ -244,7 +242,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _refuse_unknown(unknown: Sequence[str], known: Sequence[str]) -> None:
     if unknown:
-        name = str(unknown[0]).split("=")[0]
+        name = str(unknown[0]).split("=")[0][:80]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists all flags."
         raise InputError(f"{name} is not a flag of this program: {hint}")
