@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,37 @@ def test_another_package_called_loralib_is_named(folder: str, tmp_path) -> None:
     done = run(ROOT / folder / "run_glue.py", "--help", PYTHONPATH=str(tmp_path))
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "another one (Microsoft's)" in done.stderr and "pip uninstall loralib" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\n", "its weights are not a file of tensors"),
+        ("pytorch_model.bin", b"", "cannot be loaded: EOFError"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "cannot be loaded.*is every file whole"),
+        ("spm.model", b"", "cannot be loaded"),
+        ("spm.model", None, "knows no words, since its vocabulary .* is missing"),
+        ("config.json", b"{", "cannot be loaded.*JSON"),
+    ],
+)
+def test_a_model_folder_with_a_damaged_file(
+    file: str, content: bytes | None, said: str, usual, entry_point, tiny_model_dir, tmp_path
+) -> None:
+    """What half a download leaves. Without spm.model the library makes a tokenizer to which every word is unknown."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=said) as caught:
+        entry_point("AdaLoRA").main(argv(usual | {"model_name_or_path": folder}))
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model(usual, entry_point, tiny_model_dir, tmp_path) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"unused{i}" for i in range(1000)), "the", "a", "was"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(InputError, match=r"the tokenizer gives the token 100\d and the model knows tokens 0 to \d+:"):
+        entry_point("AdaLoRA").main(argv(usual | {"tokenizer_name": folder}))

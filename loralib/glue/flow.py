@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -225,6 +226,11 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         )
         if tokenizer.pad_token is None:  # decoder models have none
             tokenizer.pad_token = tokenizer.eos_token
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+            raise InputError(
+                f"the tokenizer of {args.tokenizer_name or name} knows no words, since its vocabulary (spm.model, "
+                "tokenizer.json or vocab.txt) is missing there: download it again, or give --tokenizer_name."
+            )
         config.pad_token_id = tokenizer.pad_token_id  # before the model is built: RoBERTa counts positions by it
         # float32 whatever the file holds: the hub's DeBERTa-v3 is stored in half precision (ledger G2)
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -232,13 +238,15 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         )
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        where = (
-            ""
-            if Path(name).is_dir()
-            else " (no such folder here, so the hub was asked; it may not have been reachable)"
-        )
-        raise InputError(f"the model {name} cannot be loaded{where}: {' '.join(str(error).split())[:500]}") from error
+    except Exception as error:  # the libraries raise whatever their file formats do
+        if Path(name).is_dir():
+            where, way = "", " (is every file whole, none half downloaded or a git-lfs pointer?)"
+        else:
+            where, way = " (no such folder here, so the hub was asked; it may not have been reachable)", ""
+        what = " ".join(str(error).split())[:500] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # the message would advise to run whatever the file holds
+            what = "its weights are not a file of tensors"
+        raise InputError(f"the model {name} cannot be loaded{where}: {what}{way}") from error
     if args.attention == "fast" and config.model_type == "deberta-v2":
         use_fast_attention(model)
     return model, tokenizer
@@ -288,7 +296,7 @@ def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task
 
 
 def trainer_parts(
-    run: Run, data: GlueData, tokenizer: PreTrainedTokenizerBase, args: DataArguments, model: nn.Module
+    run: Run, data: GlueData, tokenizer: PreTrainedTokenizerBase, args: DataArguments, model: PreTrainedModel
 ) -> dict[str, Any]:
     """The arguments of `LoRATrainer` that every method shares."""
     if run.training.push_to_hub and run.training.process_index == 0:
@@ -309,6 +317,16 @@ def trainer_parts(
         train = tokenized(data.train) if data.train is not None else None
         for splits in (data.evals, data.tests):
             splits.update({name: tokenized(split) for name, split in splits.items()})
+    table: Any = model.get_input_embeddings()
+    known = table.weight.shape[0]
+    if len(tokenizer) > known:
+        used = [s for s in (train, *data.evals.values(), *data.tests.values()) if s is not None]
+        highest = max(max(ids) for split in used for ids in split["input_ids"])
+        if highest >= known:
+            raise InputError(
+                f"the tokenizer gives the token {highest} and the model knows tokens 0 to {known - 1}: the two do not "
+                "belong together, look at --tokenizer_name and --model_name_or_path."
+            )
     collator = default_data_collator if fixed else transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     return {
         "model": model,
