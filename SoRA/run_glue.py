@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse, load data and model, adapt, train, report. Returns the final metrics."""
     classes = (ModelArguments, DataArguments, SoRAArguments, GlueTrainingArguments)
     model_args, data_args, lora, training = parse(classes, argv, __doc__)
+    optim = getattr(training.optim, "value", training.optim)
+    if lora.train_sparse and optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise InputError(f"--optim {optim} cannot be had with --train_sparse: the gates need SoRA's own AdamW.")
     run = flow.start(training, model_args, data_args, lora, argv)
     data = flow.load_data(training, model_args, data_args)
     model, tokenizer = flow.load_model(model_args, data.task)

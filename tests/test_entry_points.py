@@ -311,7 +311,7 @@ def test_output_folder_is_resumed_refused_or_cleared(usual, entry_point, tmp_pat
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="loralib"):
         main([*usual, "--overwrite_output_dir", "--max_steps", "1"])
-    assert "removed" in caplog.text and "checkpoint-3" in caplog.text
+    assert "removed" in caplog.text and "checkpoint-3" in caplog.text and "README.md of an earlier" in caplog.text
     assert sorted(p.name for p in out.glob("checkpoint*")) == ["checkpoint-mine"]
     assert (out / "notes.txt").read_text() == "mine"
     assert json.loads((out / "run.json").read_text())["steps"] == 1

@@ -170,6 +170,11 @@ class GlueTrainingArguments(TrainingArguments):
                 self.warmup_steps = self.warmup_ratio
         if self.no_cuda:
             self.use_cpu = True
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be 1 or more.")
+        if not self.learning_rate >= 0:  # nor NaN
+            raise InputError(f"learning_rate is {self.learning_rate}, it must be 0 or more.")
         super().__post_init__()
         if self.device.type == "cpu":  # nothing to pin for; the loader would warn
             self.dataloader_pin_memory = False

@@ -30,10 +30,15 @@ def write_card(folder: str | Path) -> None:
     """Write README.md beside `run.json`. One that no run wrote stays, which is said."""
     folder = Path(folder)
     card = folder / CARD
-    if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+    if card.exists() and not is_card(card):
         logger.warning("%s is not a card of this program and stays as it is; run.json holds the same facts", card)
         return
     card.write_text(card_text(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+def is_card(file: Path) -> bool:
+    """Whether a run wrote this README.md."""
+    return file.name == CARD and file.is_file() and MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 def card_text(run: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from loralib.export import load_lora
 from loralib.glue import card
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
 from loralib.glue.data import GlueData, load, tokenize
-from loralib.glue.metrics import compute_metrics, to_labels
+from loralib.glue.metrics import compute_metrics, metric_names, to_labels
 from loralib.glue.predictions import write_predictions, write_submission
 from loralib.glue.report import RUN_FILE, RUN_VERSION, git_commit, hardware, versions, write_json
 from loralib.glue.tasks import Task
@@ -91,6 +91,13 @@ def start(
             f"--auto_find_batch_size works in one process, here are {training.world_size}: one that runs out of memory "
             "alone would leave the others waiting; set --per_device_train_batch_size."
         )
+    there = transformers.integrations.get_available_reporting_integrations()
+    for name in training.report_to:
+        if name not in ("none", "all") and name not in there:
+            raise InputError(
+                f"--report_to {name}: no such package is installed here: choose from {', '.join([*there, 'none'])}, or "
+                "install it."
+            )
     with training.main_process_first(desc="output folder"):
         checkpoint = prepare_output_dir(training)
     set_seed(training.seed)
@@ -123,19 +130,20 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
     if training.resume_from_checkpoint:
         if training.resume_from_checkpoint.lower() == "true":
             return _last_checkpoint(folder)
-        if not Path(training.resume_from_checkpoint, "trainer_state.json").is_file():
+        named = Path(training.resume_from_checkpoint)
+        if any(named.glob("checkpoint-*")) or not (named / "trainer_state.json").is_file():
             raise InputError(
-                f"resume_from_checkpoint {training.resume_from_checkpoint} is not a checkpoint: it lacks "
-                "trainer_state.json."
+                f"resume_from_checkpoint {named} is not a checkpoint: name one folder checkpoint-N, or leave the flag "
+                "out to go on from the last one in --output_dir."
             )
-        read_manifest(Path(training.resume_from_checkpoint))
+        read_manifest(named)
         return training.resume_from_checkpoint
     if not training.do_train:
         return None
     if training.overwrite_output_dir:
         if training.should_save:
             for item in sorted(folder.iterdir()):
-                if RUN_NAMES.fullmatch(item.name):
+                if RUN_NAMES.fullmatch(item.name) or card.is_card(item):
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
                     logger.info("--overwrite_output_dir: removed %s of an earlier run", item)
         return None
@@ -301,6 +309,7 @@ def trainer_parts(
     """The arguments of `LoRATrainer` that every method shares."""
     if run.training.push_to_hub and run.training.process_index == 0:
         card.make_repository(run.training)
+    _check_best_metric(run.training, data.task)
     fixed = args.padding == "fixed"
     if args.padding == "unpadded":
         attention = run.arguments[0].attention
@@ -338,6 +347,14 @@ def trainer_parts(
         "compute_metrics": compute_metrics(data.task),
         "settings": _settings(run, data.task),
     }
+
+
+def _check_best_metric(training: GlueTrainingArguments, task: Task) -> None:
+    """The stock Trainer would find out at the first evaluation, hours later perhaps."""
+    wanted = training.metric_for_best_model
+    known = ["loss", *metric_names(task)]
+    if training.do_train and wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise InputError(f"metric_for_best_model is {wanted!r}, for {task.name} it must be one of {', '.join(known)}.")
 
 
 def _settings(run: Run, task: Task) -> dict[str, Any]:

@@ -45,6 +45,15 @@ _SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
+COMBINED = "combined_score"
+
+
+def metric_names(task: Task) -> list[str]:
+    """Names of the task's scores."""
+    # GLUE's number for a task of two scores; a mean that holds a squared error would say nothing
+    return [*task.metrics, COMBINED] if task.name in GLUE and len(task.metrics) > 1 else list(task.metrics)
+
+
 class GlueMetric(evaluate.Metric):
     """`GlueMetric(task).compute(predictions=ids_or_floats, references=...)` -> the task's scores by name.
 
@@ -68,9 +77,8 @@ class GlueMetric(evaluate.Metric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predictions, references = np.asarray(predictions), np.asarray(references)
         result = {name: _SCORES[name](predictions, references) for name in self.task.metrics}
-        # GLUE's number for a task of two scores; a mean that holds a squared error would say nothing
-        if self.task.name in GLUE and len(result) > 1:
-            result["combined_score"] = float(np.mean(list(result.values())))
+        if COMBINED in metric_names(self.task):
+            result[COMBINED] = float(np.mean(list(result.values())))
         return result
 
 
