@@ -89,6 +89,15 @@ REFUSED = [
     ("AdaLoRA", {"resume_from_checkpoint": "."}, "resume_from_checkpoint . is not a checkpoint: name one folder"),
     ("AdaLoRA", {"output_dir": None}, "--output_dir is missing"),
     ("AdaLoRA", {"deepspeed": "x.json"}, "deepspeed"),
+    ("AdaLoRA", {"weight_decay": -1}, "weight_decay is -1.0, it must be 0 or more"),
+    ("AdaLoRA", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs is 0.0, it must be above 0"),
+    ("AdaLoRA", {"adam_beta2": 1}, "adam_beta2 is 1.0, it must lie in 0 to 1"),
+    ("AdaLoRA", {"seed": -1}, "seed is -1, it must lie in 0 to 4294967295"),
+    ("AdaLoRA", {"heldout_split": -1}, "heldout_split is -1"),
+    ("AdaLoRA", {"lora_alpha": "inf"}, "lora_alpha is inf, it must be a finite number"),
+    ("AdaLoRA", {"reg_orth_coef": "nan"}, "reg_orth_coef is nan, it must be a finite number"),
+    ("SoRA", SORA | {"sparse_lambda_2": "nan"}, "sparse_lambda_2 is nan, it must be a finite number"),
+    ("AdaLoRA", {"random_rank": 2}, "--random_rank is not a flag of this program: --help lists all flags"),
 ]
 
 

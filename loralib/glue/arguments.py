@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -77,6 +78,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.max_seq_length < 1:
             raise InputError(f"max_seq_length is {self.max_seq_length}, it must be 1 or more.")
+        if self.heldout_split is not None and self.heldout_split < 0:
+            raise InputError(f"heldout_split is {self.heldout_split}, the seed of the split: it must be 0 or more.")
         if self.padding is None:
             self.padding = "fixed" if self.pad_to_max_length else "longest"
 
@@ -130,6 +133,21 @@ class LoRAArguments:
         return {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
 
 
+# Least values of stock arguments. TrainingArguments takes others as they are: they would fail, or nothing would train,
+# once data and model are loaded.
+LEAST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "logging_steps": 0,
+}
+
+
 @dataclass
 class GlueTrainingArguments(TrainingArguments):
     """The stock TrainingArguments, the names that they lost, and defaults that suit adapters."""
@@ -170,11 +188,17 @@ class GlueTrainingArguments(TrainingArguments):
                 self.warmup_steps = self.warmup_ratio
         if self.no_cuda:
             self.use_cpu = True
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be 1 or more.")
-        if not self.learning_rate >= 0:  # nor NaN
-            raise InputError(f"learning_rate is {self.learning_rate}, it must be 0 or more.")
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, it must lie in 0 to 1, below 1.")
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise InputError(f"{name} is {getattr(self, name)}, it must lie in 0 to {2**32 - 1}.")
+        if self.do_train and self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise InputError(f"num_train_epochs is {self.num_train_epochs}, it must be above 0, or give --max_steps.")
         super().__post_init__()
         if self.device.type == "cpu":  # nothing to pin for; the loader would warn
             self.dataloader_pin_memory = False
@@ -217,17 +241,27 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None, descriptio
             known = [f.name for c in classes for f in dataclasses.fields(c) if f.init]
             _refuse_unknown([k for k in values if k not in known], known)
             _check_types(classes, values)
-            return parser.parse_dict(values)
+            return _finite(parser.parse_dict(values))
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
         known = [option for action in parser._actions for option in action.option_strings]
         _refuse_unknown([u for u in unknown if u.startswith("-")] or unknown, known)
-        return tuple(parsed)
+        return _finite(parsed)
     except InputError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # a stock argument class refuses a value
         raise InputError(" ".join(str(error).split())) from error
+
+
+def _finite(parsed: Sequence[Any]) -> tuple[Any, ...]:
+    """`parsed`, refused where a number is NaN or infinite: it would poison a run or pass for a huge value."""
+    for part in parsed:
+        for f in dataclasses.fields(part):
+            value = getattr(part, f.name)
+            if isinstance(value, float) and not math.isfinite(value) and f.name != "max_grad_norm":
+                raise InputError(f"{f.name} is {value}, it must be a finite number.")
+    return tuple(parsed)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -248,7 +282,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _refuse_unknown(unknown: Sequence[str], known: Sequence[str]) -> None:
     if unknown:
         name = str(unknown[0]).split("=")[0][:80]
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]}?" if close else "--help lists all flags."
         raise InputError(f"{name} is not a flag of this program: {hint}")
 
