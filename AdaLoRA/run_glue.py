@@ -55,8 +55,10 @@ class AdaLoRAArguments(LoRAArguments):
     mask_interval: int = flag(10, "Delta_T: steps between two prunings.")
     beta1: float = flag(0.85, "beta_1: decay of the average of importance.")
     beta2: float = flag(0.85, "beta_2: decay of the average of its uncertainty.")
-    tb_writter_loginterval: int = flag(
-        500, "Steps between entries of budget and ranks in TensorBoard.", aliases=["--tb_writer_loginterval"]
+    tb_writter_loginterval: int | None = flag(
+        None,
+        "Steps between entries of budget and ranks in TensorBoard; logging_steps where not given.",
+        aliases=["--tb_writer_loginterval"],
     )
 
     def __post_init__(self) -> None:
@@ -83,7 +85,8 @@ class AdaLoRAArguments(LoRAArguments):
             ("final_warmup", 0),
             ("tb_writter_loginterval", 1),
         ):
-            if getattr(self, name) < least:
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
         if self.target_rank is not None and not 1 <= self.target_rank < self.lora_r:
             raise InputError(
@@ -119,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **flow.trainer_parts(run, data, tokenizer, data_args, model),
     )
     lines = []
+    if not lora.apply_adalora and (lora.target_rank or lora.target_total_rank):
+        lines.append("apply_adalora is off: no budget is allocated, all ranks stay, whatever target_rank says")
     if lora.apply_adalora and training.do_train:
         total = trainer.total_steps()
         allocator = RankAllocator(

@@ -207,10 +207,11 @@ class AllocatorCallback(TrainerCallback):
     Args:
         trainer: the run's trainer (its TensorBoard writer is used).
         allocator: the allocator.
-        interval: optimizer steps between two entries in TensorBoard (flag `tb_writter_loginterval`).
+        interval: optimizer steps between two entries in TensorBoard (flag `tb_writter_loginterval`); None: as often
+            as the loss is logged.
     """
 
-    def __init__(self, trainer: LoRATrainer, allocator: RankAllocator, interval: int) -> None:
+    def __init__(self, trainer: LoRATrainer, allocator: RankAllocator, interval: int | None) -> None:
         self.trainer, self.allocator, self.interval = trainer, allocator, interval
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -222,7 +223,7 @@ class AllocatorCallback(TrainerCallback):
         self.allocator.step(state.global_step, gradients_valid=not skipped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.interval == 0 and state.is_world_process_zero:
+        if state.global_step % (self.interval or state.logging_steps) == 0 and state.is_world_process_zero:
             ranks = self.allocator.ranks()
             values: dict[str, float] = {
                 "Budget/total_rank": self.allocator.budget,

@@ -150,7 +150,10 @@ def lambda_stages(schedule: str, start: float, end: float, stages: int) -> list[
     if schedule not in functions:
         raise InputError(f"lambda_schedule is {schedule!r}, it must be one of {', '.join(functions)}.")
     there, back = functions[schedule]
-    a, b = there(start), there(end)
+    try:
+        a, b = there(start), there(end)
+    except OverflowError as error:
+        raise InputError(f"max_lambda is {end}, whose exponential has no end: thresholds lie well below 1.") from error
     return [start, *(back(a + (b - a) * i / (stages - 1)) for i in range(1, stages - 1)), end]
 
 

@@ -20,7 +20,7 @@ METHODS = {
     "svd-lora": ("AdaLoRA", ["--lora_type", "svd", "--reg_orth_coef", "0.1"]),
     "adalora": (
         "AdaLoRA",
-        [*ADALORA, "--mask_interval", "1", "--reg_orth_coef", "0.1", "--tb_writter_loginterval", "1"],
+        [*ADALORA, "--mask_interval", "1", "--reg_orth_coef", "0.1"],
     ),
     "sora": ("SoRA", ["--train_sparse", "True", "--sparse_lambda", "0.1", "--sparse_lambda_2", "0.1"]),
     "rm-lora-v1": ("RM-LoRA", ["--lora_type", "v1", "--random_rank", "2", "--reg_orth_coef", "0.1"]),
@@ -209,6 +209,20 @@ def test_train_sparse_off_is_plain_lora(usual, entry_point, tmp_path, caplog) ->
     entry_point("AdaLoRA").main([*usual, "--output_dir", str(tmp_path / "lora")])
     one, two = trained(tmp_path / "out"), trained(tmp_path / "lora")
     assert all(torch.equal(one[k], two[k]) for k in two)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--apply_lora", "False"], "--lora_r or --lora_alpha is given without --apply_lora: this is full fine-tuning"),
+        (["--target_rank", "2"], "apply_adalora is off: no budget is allocated"),
+        (["--do_train", "False", "--do_eval"], "neither --do_train nor --lora_path is given"),
+    ],
+)
+def test_flags_without_effect_are_said(flags: list[str], said: str, usual, entry_point, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="loralib"):
+        entry_point("AdaLoRA").main([*usual, *flags])
+    assert said in caplog.text
 
 
 def test_mask_resample_epoch_draws_once_an_epoch(usual, entry_point, monkeypatch) -> None:

@@ -89,6 +89,7 @@ REFUSED = [
     ("AdaLoRA", {"resume_from_checkpoint": "."}, "resume_from_checkpoint . is not a checkpoint: name one folder"),
     ("AdaLoRA", {"output_dir": None}, "--output_dir is missing"),
     ("AdaLoRA", {"deepspeed": "x.json"}, "deepspeed"),
+    ("AdaLoRA", {"do_train": False}, "nothing to do: give --do_train, --do_eval or --do_predict"),
     ("AdaLoRA", {"weight_decay": -1}, "weight_decay is -1.0, it must be 0 or more"),
     ("AdaLoRA", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs is 0.0, it must be above 0"),
     ("AdaLoRA", {"adam_beta2": 1}, "adam_beta2 is 1.0, it must lie in 0 to 1"),

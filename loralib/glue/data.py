@@ -360,6 +360,8 @@ def _fits(dataset: Dataset, task: Task) -> bool:
 
 
 def _generic_task(dataset: Dataset, split: str, source: str) -> Task:
+    if len(dataset) == 0:
+        raise InputError(f"{source}, split {split} has no rows: it needs at least 1.")
     columns = {name: dataset.features[name] for name in dataset.column_names}
     texts = [name for name, feature in columns.items() if _is_text(feature)]
     texts = [name for name in texts if name not in ("label", "idx", "index", "id")]

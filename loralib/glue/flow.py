@@ -91,6 +91,12 @@ def start(
             f"--auto_find_batch_size works in one process, here are {training.world_size}: one that runs out of memory "
             "alone would leave the others waiting; set --per_device_train_batch_size."
         )
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise InputError("nothing to do: give --do_train, --do_eval or --do_predict.")
+    if not lora.apply_lora and (lora.lora_r or lora.lora_alpha):
+        logger.warning("--lora_r or --lora_alpha is given without --apply_lora: this is full fine-tuning")
+    if not training.do_train and lora.apply_lora and not lora.lora_path:
+        logger.warning("neither --do_train nor --lora_path is given: low-rank factors and head are untrained")
     there = transformers.integrations.get_available_reporting_integrations()
     for name in training.report_to:
         if name not in ("none", "all") and name not in there:
