@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     elif args.to == "peft":
         export_peft(run, out, args.base)
     else:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # a report of the head that is replaced in any case would only worry
+        logging.disable_progress_bar()
         export_merged(run, out, args.base, layer_class(args.layer) if args.layer else None)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out} ({size:,} bytes)")

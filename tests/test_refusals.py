@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loralib.errors import InputError, RunError
+from loralib.errors import InputError, RunError, RunInterrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +118,30 @@ def test_processes_that_would_train_apart_are_refused(usual, entry_point, monkey
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(InputError, match="torchrun started 2 processes and each would train alone.*--use_cpu"):
         entry_point("AdaLoRA").main(argv(usual))
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "said"),
+    [
+        (0, 0, InputError("no such model"), "error: no such model"),
+        (1, 1, InputError("no such model"), ""),  # the first process says it
+        (8, 0, InputError("no such model"), "process 8: error: no such model"),  # another machine
+        (1, 1, RunInterrupted("stopped"), ""),  # agreed on by all
+        (1, 1, RunError("disk full"), "process 1: error: disk full"),
+    ],
+)
+def test_no_process_ends_without_a_word(rank, local_rank, error, said, monkeypatch, capsys) -> None:
+    from loralib.glue.arguments import command
+
+    def main() -> None:
+        raise error
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    assert ended.value.code == error.exit_status
+    assert capsys.readouterr().err.partition(": ")[2] == (f"{said}\n" if said else "")
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.yaml"])

@@ -325,6 +325,9 @@ def command(main: Callable[[], Any]) -> NoReturn:
         main()
     except (InputError, RunError) as error:
         status = error.exit_status
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        # Once is enough for what all processes refuse; but a machine may lack a file, and one process find a full disk.
+        if rank == 0 or local_rank == 0 or type(error) is RunError:
+            process = f"process {rank}: " if rank else ""
+            print(f"{Path(sys.argv[0]).name}: {process}error: {error}", file=sys.stderr)
     sys.exit(status)
