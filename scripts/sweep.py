@@ -106,6 +106,8 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
         own = tuple(word for name, value in point for word in (f"--{name}", value))
         where = str(Path(method).absolute()) if method not in METHODS else method
         jobs.append(Job(task, where, seed, (*flags, *only.get(method, ()), *own), base / task / label / f"seed{seed}"))
+    if not jobs:
+        raise InputError("nothing to run: --tasks, --methods and --seeds (1,2,3 or 1-5) each need one entry or more.")
     twice = [job for i, job in enumerate(jobs) if job.folder in {other.folder for other in jobs[:i]}]
     if twice:
         raise InputError(

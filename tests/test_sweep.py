@@ -95,6 +95,7 @@ def test_layout_and_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"--methods": "lorra"}, "method 'lorra' is neither a file nor one of lora"),
         ({"--grid": "lora_r"}, "--grid 'lora_r' cannot be read"),
         ({"--only": "sora:--x 1"}, "--only 'sora:--x 1' cannot be read"),
+        ({"--seeds": "3-1"}, "nothing to run: --tasks, --methods and --seeds"),
         ({"--seeds": "1,1"}, "two runs would share"),
         ({"--output_dir": "x"}, "--output_dir is set by the sweep"),
     ],
