@@ -472,14 +472,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default = ["frozen", *METHODS, *extra, *rivals]
     if o.scaling:
         default = ["frozen", "lora", "adalora", "sora", "rm-lora-v1", *rivals[:1]]
-    o.contestants = o.methods.split(",") if o.methods else default
+    o.contestants = [name.strip() for name in o.methods.split(",")] if o.methods else default
     allowed = {"frozen", "svd-lora", *METHODS}
     for name in o.contestants:
         method, _, variant = name.partition("/")
         if name not in rivals and (method not in allowed or variant not in ("", "stock", "longest", "unpadded")):
             choices = ", ".join([*sorted(allowed), *rivals])
             raise InputError(f"--methods holds {name!r}: choose from {choices}, with /stock, /longest or /unpadded.")
-    o.device = torch.device(o.device)
+    try:
+        o.device = torch.device(o.device)
+        torch.empty(1, device=o.device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a build of torch without that device
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {o.device} is none that this torch can use ({reason}): try cpu or cuda.") from error
+    if o.output and o.output.is_dir():
+        raise InputError(f"--output {o.output} is a folder: give the name of the JSON file to write.")
     return o
 
 
