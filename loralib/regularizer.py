@@ -4,19 +4,25 @@
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-def _grams(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> list[Tensor]:
-    """A A^T of every lora_A and B^T B of every lora_B, as stacks (n, r, r), one for each shape."""
+def _stacks(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> list[Tensor]:
+    """Every lora_A and every lora_B^T, as stacks (n, r, in or out), one for each shape."""
     groups: dict[torch.Size, list[Tensor]] = {}
     for rows in [*lora_A, *(b.t() for b in lora_B)]:
         groups.setdefault(rows.shape, []).append(rows)
     stacks = [torch.stack(group) for group in groups.values()]
-    stacks = [s.float() if s.dtype in (torch.float16, torch.bfloat16) else s for s in stacks]
-    return [torch.bmm(s, s.transpose(1, 2)) for s in stacks]
+    return [s.float() if s.dtype in (torch.float16, torch.bfloat16) else s for s in stacks]
+
+
+@cache
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """I, (size, size), made once."""
+    return torch.eye(size, dtype=dtype, device=device)
 
 
 def svd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
@@ -31,8 +37,8 @@ def svd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
         A scalar, float32 for half-precision factors, else of their dtype.
     """
     norms = []
-    for gram in _grams(lora_A, lora_B):
-        residual = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    for rows in _stacks(lora_A, lora_B):
+        residual = torch.baddbmm(_identity(rows.shape[1], rows.dtype, rows.device), rows, rows.transpose(1, 2), beta=-1)
         norms.append(torch.linalg.vector_norm(residual, dim=(1, 2)))
     return torch.cat(norms).mean()
 
@@ -46,7 +52,8 @@ def frd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
     Args, Returns: as `svd_penalty`.
     """
     means = []
-    for gram in _grams(lora_A, lora_B):
+    for rows in _stacks(lora_A, lora_B):
+        gram = torch.bmm(rows, rows.transpose(1, 2))
         d = gram.shape[-1]
         squares = gram.diagonal(dim1=1, dim2=2)  # (n, d)
         # sqrt has an infinite slope at 0: a direction of length 0 contributes nothing, so it gets a constant instead

@@ -141,7 +141,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 # Exact, so that a slip is seen at once; the second number is the goal, below which the first must stay.
-EXPECTED = {"lora": (1297, 1750), "adalora": (1574, 1850), "sora": (1531, 1850), "rm-lora": (1338, 1800)}
+EXPECTED = {"lora": (1297, 1750), "adalora": (1570, 1850), "sora": (1531, 1850), "rm-lora": (1334, 1800)}
 
 
 @pytest.mark.parametrize("method", EXPECTED)
@@ -149,8 +149,9 @@ def test_operations_of_one_step(method: str, tmp_path: Path, monkeypatch: pytest
     counts = count(method, tmp_path, monkeypatch)
     exact, goal = EXPECTED[method]
     assert sum(counts.values()) == exact <= goal, counts.most_common()
-    # Nothing asks the device for a number: a step that is not logged never waits.
-    assert not {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"} & counts.keys()
+    # Nothing asks the device for a number: a step that is not logged never waits. No constant is made anew.
+    unwanted = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.eye"}
+    assert not unwanted & {name.rpartition(".")[0] for name in counts}
 
 
 def test_the_benchmark_compares_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
