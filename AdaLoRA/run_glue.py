@@ -15,7 +15,7 @@ from typing import Any
 
 if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-if importlib.util.find_spec("loralib.adapt") is None:
+if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py").is_file():
     sys.exit(
         "error: the package 'loralib' found here is another one (Microsoft's): run 'pip uninstall loralib', then "
         f"'pip install -e {Path(__file__).resolve().parents[1]}', or use an environment of its own."

@@ -245,6 +245,7 @@ def test_another_package_called_loralib_is_named(folder: str, tmp_path) -> None:
     """Microsoft's package has the same import name."""
     (tmp_path / "loralib").mkdir()
     (tmp_path / "loralib" / "__init__.py").write_text("name = 'lora'\n")
+    (tmp_path / "loralib" / "layers.py").write_text("class Linear: ...\n")
     done = run(ROOT / folder / "run_glue.py", "--help", PYTHONPATH=str(tmp_path))
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "another one (Microsoft's)" in done.stderr and "pip uninstall loralib" in done.stderr
