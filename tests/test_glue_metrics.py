@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from loralib.errors import InputError
 from loralib.glue.metrics import compute_metrics, to_labels
-from loralib.glue.predictions import write_predictions, write_submission
+from loralib.glue.predictions import check_submission, write_predictions, write_submission
 from loralib.glue.tasks import GLUE, Task
 
 CLASSES = Task("classification", ("text",), ("a", "b", "c"), ("accuracy",))
@@ -169,3 +169,6 @@ def test_submission_of_a_part_warns_and_of_another_task_is_refused(tmp_path, cap
     assert "RTE.tsv has 2 rows and the server takes 3000" in caplog.text
     with pytest.raises(InputError, match="takes no predictions of 'classification'"):
         write_submission(tmp_path, "classification", np.array([0]), CLASSES)
+    with pytest.raises(InputError, match="no predictions of 'classification'.*--task_name"):
+        check_submission(tmp_path, CLASSES, predicts=True)  # before the training, not after
+    check_submission(tmp_path / "new", GLUE["ax"], predicts=True)

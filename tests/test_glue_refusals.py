@@ -196,6 +196,13 @@ def test_one_class_or_none_is_no_task(tmp_path):
     refused("hidden", dataset_name=folder_of(tmp_path / "x", train=[{"text": "a", "label": -1}]))
 
 
+def test_an_unlabelled_test_file_alone_has_no_classes(tmp_path):
+    (tmp_path / "test.csv").write_text("sentence\nfine\nnot so\n")
+    refused(
+        "no column `label`", "give train_file", test_file=str(tmp_path / "test.csv"), do_train=False, do_predict=True
+    )
+
+
 def test_a_folder_named_like_a_task_with_other_columns_is_generic(tmp_path, caplog):
     folder = folder_of(tmp_path / "sst2", train=[{"text": "a", "label": 0}, {"text": "b", "label": 1}])
     assert load(dataset_name=folder, do_train=True).task.name == "classification"

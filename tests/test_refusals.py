@@ -89,6 +89,8 @@ REFUSED = [
     ("AdaLoRA", {"resume_from_checkpoint": "."}, "resume_from_checkpoint . is not a checkpoint: name one folder"),
     ("AdaLoRA", {"output_dir": None}, "--output_dir is missing"),
     ("AdaLoRA", {"deepspeed": "x.json"}, "deepspeed"),
+    ("AdaLoRA", {"glue_submission": "sub"}, "--glue_submission needs --do_predict"),
+    ("AdaLoRA", {"glue_submission": __file__, "do_predict": True}, "glue_submission .*test_refusals.py is a file"),
     ("AdaLoRA", {"do_train": False}, "nothing to do: give --do_train, --do_eval or --do_predict"),
     ("AdaLoRA", {"weight_decay": -1}, "weight_decay is -1.0, it must be 0 or more"),
     ("AdaLoRA", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs is 0.0, it must be above 0"),

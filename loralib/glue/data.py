@@ -374,8 +374,12 @@ def _generic_task(dataset: Dataset, split: str, source: str) -> Task:
             f"{'; '.join(' and '.join(known) for known in _TEXTS)}."
         )
     if "label" not in columns:
-        raise InputError(f"{source}, split {split}, has no column `label` among {', '.join(columns)}: rename the one "
-                         "that holds the labels.")  # fmt: skip
+        way = (
+            "give train_file, whose labels are the classes, or task_name"
+            if _kind(split) == "test"
+            else "rename the one that holds the labels"
+        )
+        raise InputError(f"{source}, split {split}, has no column `label` among {', '.join(columns)}: {way}.")
     feature = columns["label"]
     if isinstance(feature, ClassLabel):
         classes = list(feature.names)

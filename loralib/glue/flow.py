@@ -38,7 +38,7 @@ from loralib.glue import card
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
 from loralib.glue.data import GlueData, load, tokenize
 from loralib.glue.metrics import compute_metrics, metric_names, to_labels
-from loralib.glue.predictions import write_predictions, write_submission
+from loralib.glue.predictions import check_submission, write_predictions, write_submission
 from loralib.glue.report import RUN_FILE, RUN_VERSION, git_commit, hardware, versions, write_json
 from loralib.glue.tasks import Task
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
@@ -195,6 +195,8 @@ def load_data(training: GlueTrainingArguments, model: ModelArguments, args: Data
             cache_dir=model.cache_dir,
             token=model.token,
         )
+    if args.glue_submission:
+        check_submission(args.glue_submission, data.task, training.do_predict)
     if args.heldout_split is not None and training.do_eval:
         split_heldout(data, args.heldout_split)
     return data
@@ -285,7 +287,7 @@ def load_lora_path(model: nn.Module, path: str) -> None:
     lines = load_lora(model, path)
     logger.info("loaded the adapter %s", path)
     for line in lines:
-        logger.info("the adapter %s: %s", path, line)
+        logger.warning("the adapter %s: %s", path, line)
 
 
 def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task: Task, layer: str) -> dict[str, Any]:

@@ -25,6 +25,21 @@ def write_predictions(output_dir: str | os.PathLike[str], split_name: str, label
     return _write(Path(output_dir) / f"predict_results_{split_name}.txt", words)
 
 
+def check_submission(folder: str | os.PathLike[str], task: Task, predicts: bool) -> None:
+    """Refuse a submission that could not be written, before the run trains for it.
+
+    Args:
+        predicts: whether the run predicts at all.
+    """
+    if not predicts:
+        raise InputError("--glue_submission needs --do_predict: it holds predictions of the test split.")
+    if not task.submission:
+        raise InputError(f"The server takes no predictions of {task.name!r}: leave out --glue_submission, or give "
+                         f"--task_name, one of {', '.join(GLUE)}.")  # fmt: skip
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise InputError(f"glue_submission {folder} is a file: name a folder.")
+
+
 def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np.ndarray, task: Task) -> Path:
     """Write one file exactly as GLUE's server takes it, and submission.zip once the files of all tasks are there.
 
