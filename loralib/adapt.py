@@ -28,7 +28,7 @@ def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
     return (prefix, getattr(model, prefix)) if prefix and hasattr(model, prefix) else ("", model)
 
 
-def _is_head(name: str, prefix: str) -> bool:
+def is_head(name: str, prefix: str) -> bool:
     """The head is what lies outside the backbone, and a pooler that lies inside it (ledger L1)."""
     return bool(prefix) and (not name.startswith(f"{prefix}.") or f"{name}.".startswith(f"{prefix}.pooler."))
 
@@ -44,7 +44,7 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
         InputError: a name matches nothing; the message lists what could match.
     """
     prefix, _ = backbone_of(model)
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_head(n, prefix)]
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_head(n, prefix)]
     if not linears:
         raise InputError(
             f"the backbone of {type(model).__name__} has no linear layer (nn.Linear) to adapt: choose another model."
@@ -111,7 +111,7 @@ def mark_trainable(model: nn.Module) -> None:
     """Only parameters named lora_* and the head train (ledger L1)."""
     prefix, _ = backbone_of(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = is_lora(name) or _is_head(name, prefix)
+        parameter.requires_grad = is_lora(name) or is_head(name, prefix)
 
 
 def is_lora(name: str) -> bool:
@@ -169,7 +169,7 @@ def parameters(model: nn.Module) -> dict[str, Any]:
         "total": sum(p.numel() for _, p in named),
         "trainable": trainable,
         "lora": lora,
-        "head": sum(p.numel() for n, p in named if p.requires_grad and _is_head(n, prefix) and not is_lora(n)),
+        "head": sum(p.numel() for n, p in named if p.requires_grad and is_head(n, prefix) and not is_lora(n)),
         "remaining": sum(m["remaining"] for m in modules.values()),
         "modules": modules,
     }

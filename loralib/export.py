@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from loralib.adapt import adapt, adapted_layers, backbone_of, is_lora, ranks
+from loralib.adapt import adapt, adapted_layers, backbone_of, is_head, is_lora, ranks
 from loralib.errors import InputError
 from loralib.layers import LoRALinear
 
@@ -31,6 +31,12 @@ ADAPTER_FILE = "adapter.safetensors"
 ADAPTER_CONFIG = "adapter.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_CONFIG = "adapter_config.json"
+# Of PEFT's LoRA settings those that compute more than W + scaling B A, and the starts that leave W as it is.
+PEFT_MORE = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
+    "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+PEFT_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 METHOD_STATE = "method_state.safetensors"
 FORMAT_VERSION = 1
 DIAGONALS = ("lora_E", "lora_gate")  # what may stand between the factors, (r,) as a row or a column
@@ -329,9 +335,20 @@ def _read_peft(folder: Path) -> Adapter:
     config = _read_json(file)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{file} has peft_type {config.get('peft_type')!r}: only LORA can be read here.")
-    for key, wanted in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False), ("lora_bias", False)):
+    for key, wanted in (("bias", "none"), ("fan_in_fan_out", False)):
         if config.get(key, wanted) != wanted:
             raise InputError(f"{file} has {key} = {config[key]!r}: only {wanted!r} can be read here.")
+    for key in PEFT_MORE:
+        if config.get(key):
+            raise InputError(
+                f"{file} has {key} = {str(config[key])[:80]}: only plain LoRA, without it, can be read here."
+            )
+    start = config.get("init_lora_weights", True)
+    if not (start is None or isinstance(start, bool) or start in PEFT_STARTS):  # the others change the base's weights
+        raise InputError(
+            f"{file} has init_lora_weights = {str(start)[:80]!r}, which belongs to changed base weights: convert it to "
+            "plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
     state = {}
     for key, value in read_state(folder).items():
         if ".original_module." not in key:
@@ -416,6 +433,8 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
     layers = dict(adapted_layers(model))
     held_matrices = set(adapter.matrices) | set(adapter.config.get("ranks", ()))
     unknown = sorted(held_matrices - set(layers))
+    if unknown and unknown[0] in dict(model.named_modules()) and is_head(unknown[0], backbone_of(model)[0]):
+        raise InputError(f"{source} adapts {unknown[0]!r}, a part of the head, which trains as a whole here.")
     if unknown or not held_matrices:
         held = f"adapts {unknown[0]!r}, which this run does not" if unknown else "holds no lora_A and lora_B"
         raise InputError(f"{source} {held}: set --lora_module and the model as they were.")

@@ -485,6 +485,10 @@ def test_a_folder_that_peft_wrote(tmp_path: Path, rslora: bool, pickled: bool) -
         ({"peft_type": "ADALORA"}, "only LORA"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"kasa_config": {}, "trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+        ({"init_lora_weights": ["gaussian"]}, "init_lora_weights"),
         ({"alpha_pattern": {"(a+)+$": 4}}, "alpha_pattern"),
         ({"alpha_pattern": 3}, "alpha_pattern"),
         ({"lora_alpha": "16"}, "lora_alpha"),
@@ -500,6 +504,41 @@ def test_a_peft_folder_of_another_kind_is_refused(tmp_path: Path, change: dict[s
     file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {}} | change))
     with pytest.raises(InputError, match=f"adapter_config.json.*{said}"):
         read_adapter(tmp_path / "peft")
+
+
+def test_a_start_of_peft_that_changes_the_base_is_refused_until_converted(tmp_path: Path) -> None:
+    """PiSSA subtracts the factors' first product from the frozen weights, which the file does not say."""
+    base = make_base(tmp_path / "base", "bert")
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=["query"], init_lora_weights="pissa",
+        modules_to_save=["pooler"],
+    )  # fmt: skip
+    theirs = peft.get_peft_model(load_base(base, 3), config)
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path / "trained")
+    converted = str(tmp_path / "start")
+    theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=converted)
+    model = load_base(base, 3)
+    adapt(model, LoRALinear, ["query"], r=4, lora_alpha=8.0)
+    with pytest.raises(InputError, match="init_lora_weights = 'pissa'.*path_initial_model_for_weight_conversion"):
+        load_lora(model, tmp_path / "trained")
+    load_lora(model, tmp_path / "plain")
+    assert (logits(model) - logits(theirs.eval())).abs().max() < 1e-5
+
+
+def test_a_peft_adapter_of_the_pooler_is_refused_by_its_name(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules="all-linear")
+    peft.get_peft_model(load_base(base, 3), config).save_pretrained(tmp_path / "theirs")
+    model = load_base(base, 3)
+    adapt(model, LoRALinear, ["all-linear"], r=4, lora_alpha=8.0)
+    with pytest.raises(InputError, match="adapts 'bert.pooler.dense', a part of the head"):
+        load_lora(model, tmp_path / "theirs")
 
 
 # ---- state dicts of the released code ----
