@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "peft>=0.19", "matplotlib>=3.9"]
+TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "peft>=0.19"]
 
 setup(
     name="rm-lora-glue",
@@ -27,10 +27,10 @@ setup(
         "sentencepiece>=0.2",  # with protobuf: reads spm.model, DeBERTa-v3's only tokenizer file
         "protobuf>=5",
         "tensorboard>=2.18",
+        "matplotlib>=3.9",  # figures of the report, and the heatmap of ranks in TensorBoard
     ],
     extras_require={
         "test": TEST,
-        "report": ["matplotlib>=3.9"],
         "sweep": ["ray>=2.60,<2.61"],
         "peft": ["peft>=0.19"],
     },

@@ -4,7 +4,7 @@
 
 last: the metrics at the end of the run. best: those of the evaluation with the best score, chosen and reported on the
 same rows, so biased upwards. heldout: the evaluation that is best on one half of the validation rows, with its metrics
-on the other half (runs with --heldout_split SEED). Needs numpy, scipy, safetensors and, for figures, matplotlib.
+on the other half (runs with --heldout_split SEED). Needs numpy, scipy, safetensors and matplotlib.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from loralib.errors import InputError  # noqa: E402
 try:
     from loralib.glue import figures
 except ImportError as error:
-    sys.exit(f"report.py: error: {error.name} is missing: pip install -e '{ROOT}[report]'")
+    sys.exit(f"report.py: error: {error.name} is missing: pip install -e '{ROOT}'")
 from loralib.spectrum import adapter_spectra, effective_rank  # noqa: E402
 
 # What a task's table shows; the first is the score that evaluations are chosen by, as in AdaLoRA's Table 1.

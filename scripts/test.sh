@@ -9,7 +9,7 @@ if [[ "${1:-}" == --oldest ]]; then
     shift
     venv=.venv-oldest constraints=constraints-oldest.txt
 fi
-setup_env "$venv" "[test]" "$constraints" pytest hypothesis ruff mypy peft matplotlib
+setup_env "$venv" "[test]" "$constraints" pytest hypothesis ruff mypy peft
 cd "$root"
 "$python" -m ruff check . || die "ruff found what is listed above: 'ruff check --fix .' repairs most of it."
 "$python" -m ruff format --check . || die "the files above are not formatted: run 'ruff format .'."

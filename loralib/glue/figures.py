@@ -1,4 +1,4 @@
-"""Figures from plain numbers: nothing here reads a file or knows a model. Needs matplotlib (extra `report`)."""
+"""Figures from plain numbers: nothing here reads a file or knows a model."""
 
 import re
 from collections.abc import Mapping, Sequence

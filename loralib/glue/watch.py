@@ -1,6 +1,5 @@
 """What is looked at whenever a run evaluates: the ranks that are left, the spectrum of the updates, a held-out half."""
 
-import importlib.util
 import logging
 from typing import Any
 
@@ -90,8 +89,7 @@ class WatchCallback(TrainerCallback):
         }
         scalars = {f"Watch/{name}": value for name, value in numbers.items()}
         self.trainer.add_scalars(scalars | {f"EffectiveRank/{name}": value for name, value in effective.items()})
-        if importlib.util.find_spec("matplotlib") is not None:
-            self._draw(left, max(layer.r for layer in layers.values()))
+        self._draw(left, max(layer.r for layer in layers.values()))
         return numbers
 
     def _draw(self, left: dict[str, int], most: int) -> None:
