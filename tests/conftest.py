@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-# Before any library is imported: no test may wait for a network, and few threads are quickest on tiny tensors.
+# Before any library is imported: no test may wait for a network, and one thread is quickest on tiny tensors.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
