@@ -156,7 +156,7 @@ def _named(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def read(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
-    """Finished runs below `root`, and every other run's folder with the reason why it does not count."""
+    """Finished trainings below `root`, and every other run's folder with the reason why it does not count."""
     runs, others = [], []
     folders = {p.parent for name in ("run.json", "run.log") for p in root.rglob(name)}
     folders |= {p.parent for p in root.rglob("checkpoint-*") if p.is_dir()}
@@ -177,7 +177,9 @@ def read(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
             others.append((folder, "its results file is cut short or not one of this project's"))
             continue
         run = Run(folder, data, stages)
-        if data.get("status") == "finished":
+        if run.arguments.get("do_train") is False:
+            others.append((folder, f"{run.method} on {run.task}: evaluation or prediction alone, nothing was trained"))
+        elif data.get("status") == "finished":
             runs.append(run)
         else:
             others.append((folder, f"{run.method} on {run.task}, seed {run.seed}: {data.get('status')}"))
@@ -618,6 +620,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = report(args.folder, args.out or args.folder, args.selection)
     except InputError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"report.py: error: the report cannot be written ({error}): name another folder with --out.",
+              file=sys.stderr)  # fmt: skip
         return 2
     print(path)
     return 0

@@ -234,6 +234,24 @@ def test_nothing_to_report_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureF
     assert "no run.json below" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_evaluations_of_a_trained_adapter_are_no_results_of_their_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "trained", "lora")
+    make_run(tmp_path / "again", "lora", metrics={}, arguments=run["arguments"] | {"do_train": False})
+    text = text_of(tmp_path)
+    assert "1 finished runs" in text and f"{100 * run['metrics']['eval_accuracy']:.2f} (n=1)" in text
+    assert "`again`: lora on rte: evaluation or prediction alone" in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "trained", "lora")
+    (tmp_path / "file").write_text("")
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "file" / "below")]) == 2
+    error = capsys.readouterr().err
+    assert "the report cannot be written" in error and "--out" in error and len(error.splitlines()) == 1
+
+
 def test_report_does_not_wait_for_torch() -> None:
     code = "import sys, runpy; runpy.run_path(sys.argv[1]); print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run(
