@@ -127,9 +127,9 @@ def backbone_sum(model: nn.Module, head: Iterable[str]) -> float:
     return float(torch.stack(sums).sum()) if sums else 0.0
 
 
-def _other_backbone(adapter: "Adapter", model: nn.Module) -> bool:
-    known = adapter.config.get("backbone_sum")
-    return known is not None and not math.isclose(known, backbone_sum(model, adapter.rest), rel_tol=1e-4)
+def _other_backbone(config: Mapping[str, Any], head: Iterable[str], model: nn.Module) -> bool:
+    known = config.get("backbone_sum")
+    return known is not None and not math.isclose(known, backbone_sum(model, head), rel_tol=1e-4)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -154,9 +154,16 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Load a trained adapter and head into an adapted model; everything must be there and fit, values stay as saved.
 
     Raises:
-        InputError: missing or unknown keys, or other shapes; the message names file, key and both shapes.
+        InputError: missing or unknown keys, other shapes (the message names file, key and both shapes), or another
+            pretrained model.
     """
-    load_trained(model, read_state(path), str(path), head_may_differ=False)
+    state, file = read_state(path), Path(path).expanduser() / ADAPTER_CONFIG
+    load_trained(model, state, str(path), head_may_differ=False)
+    config = _read_json(file) if file.is_file() else {}
+    if "backbone_sum" in config:
+        _number(config, "backbone_sum", file)
+    if _other_backbone(config, state, model):
+        raise InputError(f"{path} was trained on another pretrained model: the frozen weights of this one differ.")
 
 
 def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: str, head_may_differ: bool) -> list[str]:
@@ -382,6 +389,8 @@ def _split(state: Mapping[str, Tensor], source: Path) -> tuple[dict[str, dict[st
     matrices: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{source} holds NaN or infinite values in {key!r}: it is of a run that diverged.")
         name, _, leaf = key.rpartition(".")
         if is_lora(key):
             matrices.setdefault(name, {})[leaf] = value
@@ -466,7 +475,7 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
             state[f"{name}.{key}"] = _padded(value, own[key]) if r < layer.r else value
     kept = load_trained(model, state, source, head_may_differ=True)
     lines = []
-    if _other_backbone(adapter, model):
+    if _other_backbone(adapter.config, adapter.rest, model):
         lines.append("it was trained on another pretrained model: --model_name_or_path has other weights")
     if kept:
         lines.append(f"its head is missing or has other shapes, so these start anew: {', '.join(kept)}")
@@ -679,7 +688,7 @@ def export_merged(
 
     adapter = read_run(run)
     model, name, revision = _base_model(adapter, base)
-    if _other_backbone(adapter, model):
+    if _other_backbone(adapter.config, adapter.rest, model):
         raise InputError(
             f"the weights of the base model {name} are not those that {adapter.source} was trained on: give that model "
             "by --base."

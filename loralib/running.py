@@ -9,6 +9,7 @@
 No loop is copied: all of it is overrides and one callback.
 """
 
+import hashlib
 import json
 import logging
 import random
@@ -52,6 +53,8 @@ NUMERIC_ARGUMENTS = (
     "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
+    "optim_args",
+    "neftune_noise_alpha",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -136,7 +139,10 @@ class RunTrainer(Trainer):
     def numeric_settings(self) -> dict[str, Any]:
         """All that decides the run's numbers, as JSON values."""
         own = self.settings | {name: getattr(self.args, name) for name in NUMERIC_ARGUMENTS}
-        return json.loads(json.dumps(own | {"train_rows": len(self.train_dataset)}, default=str))
+        rows = self.train_dataset
+        some = json.dumps([rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})], sort_keys=True, default=str)
+        own |= {"train_rows": len(rows), "train_data": hashlib.sha256(some.encode()).hexdigest()[:12]}
+        return json.loads(json.dumps(own, default=str))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.auto_find_batch_size:  # the loop is entered again with a smaller batch

@@ -612,6 +612,7 @@ def damaged(folder: Path, how: str) -> None:
     else:
         state[f"{name}.lora_A"] = {
             "one dimension": torch.zeros(24), "integers": torch.zeros(R, 24, dtype=torch.long),
+            "not finite": torch.full((R, 24), float("nan")),
             "another rank": torch.zeros(R + 1, 24), "no rank": torch.zeros(0, 24),
         }[how]  # fmt: skip
         save_file(state, file)
@@ -621,7 +622,7 @@ def damaged(folder: Path, how: str) -> None:
     "how",
     ["no config", "no weights", "cut weights", "cut config", "config is a list", "deep config", "newer", "a pickle",
      "scaling is a text", "scaling is infinite", "another run's config", "the config of another step", "another head",
-     "one dimension", "integers", "another rank", "no rank"],
+     "one dimension", "integers", "not finite", "another rank", "no rank"],
 )  # fmt: skip
 def test_a_damaged_adapter_is_one_sentence_that_names_the_file(tmp_path: Path, how: str) -> None:
     base = make_base(tmp_path / "base", "bert")

@@ -130,6 +130,19 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
     assert named in str(caught.value)
 
 
+def test_a_checkpoint_of_another_pretrained_model_or_other_rows_is_refused(adalora_run: Path, tmp_path: Path) -> None:
+    """Of the same name and sizes: nothing else would tell."""
+    run = make("adalora", tmp_path)
+    with torch.no_grad():
+        run.model.deberta.encoder.layer[0].output.dense.weight.mul_(1.1)
+    with pytest.raises(InputError, match="checkpoint-4 was trained on another pretrained model"):
+        run.train(str(adalora_run / "checkpoint-4"))
+    run = make("adalora", tmp_path)
+    run.train_dataset = [TRAIN[0] | {"labels": 1 - TRAIN[0]["labels"]}, *TRAIN[1:]]
+    with pytest.raises(InputError, match="train_data was '"):
+        run.train(str(adalora_run / "checkpoint-4"))
+
+
 def test_a_checkpoint_of_more_processes_is_refused_with_the_reason(adalora_run: Path, tmp_path: Path) -> None:
     shutil.copytree(adalora_run / "checkpoint-4", tmp_path / "checkpoint-4")
     manifest = json.loads((tmp_path / "checkpoint-4" / MANIFEST).read_text())

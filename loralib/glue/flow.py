@@ -371,7 +371,8 @@ def _settings(run: Run, task: Task) -> dict[str, Any]:
     own = {k: v for k, v in vars(lora).items() if k not in ("lora_path", "tb_writter_loginterval")}
     own |= {k: getattr(data, k) for k in ("max_seq_length", "padding", "max_train_samples")}
     # the folder may move, its name is what one recognises
-    return own | {"task": task.name, "model": Path(model.model_name_or_path).name, "cls_dropout": model.cls_dropout}
+    own |= {"task": task.name, "model": Path(model.model_name_or_path).name}
+    return own | {"cls_dropout": model.cls_dropout, "attention": model.attention}
 
 
 def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *lines: str) -> None:
