@@ -145,7 +145,7 @@ run() { # METHOD FLAGS...
     if [[ "$overwrite" != [Tt]rue ]]; then
         case "$(state "$output")" in
         finished)
-            echo "$output holds a finished run: nothing to do (--overwrite_output_dir runs it anew)."
+            echo "$output holds a finished run: nothing to do, whatever the flags (--overwrite_output_dir runs it anew)."
             return
             ;;
         logged) own+=(--overwrite_output_dir) ;;

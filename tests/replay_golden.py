@@ -118,21 +118,21 @@ def replay(path: Path, output_dir: str) -> dict[str, Any]:
     if method == "sora":
         parts = {
             "penalty": partial(gate_l1, gates(model)),
-            "penalty_coef": h["sparse_lambda"],
+            "penalty_coef": h.get("sparse_lambda", 0.0),
             "make_optimizer": partial(
                 sora_optimizer, sparse_lr=h.get("sparse_lr"), sparse_lambda_2=h["sparse_lambda_2"], **released
             ),
         }
     else:
         penalty = frd_penalty if h.get("lora_type") == "frd" else svd_penalty
-        parts = {"penalty": partial(penalty, *factors(model)), "penalty_coef": h["reg_orth_coef"]}
+        parts = {"penalty": partial(penalty, *factors(model)), "penalty_coef": h.get("reg_orth_coef", 0.0)}
     trainer = RecordingTrainer(model=model, args=args, train_dataset=rows, data_collator=default_data_collator, **parts)
     record = None
     if method == "sora":
         trainer.add_callback(GateCallback(trainer, h["sparse_lambda_2"]))
     elif method == "adalora":
         names = ("target_rank", "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2")
-        settings = {name: h[name] for name in names if name in h}
+        settings = {"target_rank": None} | {name: h[name] for name in names if name in h}
         allocator = RankAllocator(model, total_step=t["steps"], **settings)
         trainer.add_callback(AllocatorCallback(trainer, allocator, interval=10**9))
         record = RecordAllocations(allocator)
@@ -185,6 +185,9 @@ def main(argv: list[str]) -> int:
         return 2
     good = True
     for name in argv:
+        if not Path(name).is_file():
+            print(f"no recorded case at {name}: give the CASE.json of a case.", file=sys.stderr)
+            return 2
         with tempfile.TemporaryDirectory() as folder:
             result = replay(Path(name), folder)
         print(json.dumps(result), flush=True)
