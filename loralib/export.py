@@ -62,15 +62,29 @@ def _write_json(file: Path, value: Any) -> None:
 
 
 @contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise OSError where torch, safetensors or tokenizers cannot write; each has an exception of its own for that."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(" ".join(str(error).split())[:200]) from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers' is
+            raise
+        raise OSError(str(error)[:200]) from error
+
+
+@contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder under another name, renamed to `out` when all is written, removed when something fails."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"the output folder {out} exists and is not empty: name another by --out, or remove it.")
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        os.replace(aside, out)
+        with disk_errors():
+            aside.mkdir(parents=True)
+            yield aside
+            os.replace(aside, out)
     except OSError as error:
         raise InputError(f"the output folder {out} cannot be written ({error.strerror or error}).") from error
     finally:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.integrations import TensorBoardCallback
 
 from loralib.adapt import adapted_layers
-from loralib.export import load_adapter, load_method_state, save_adapter, save_method_state
+from loralib.export import disk_errors, load_adapter, load_method_state, save_adapter, save_method_state
 from loralib.running import OWN_ROWS, RunTrainer
 
 
@@ -195,17 +195,16 @@ class LoRATrainer(RunTrainer):
     # ---- files ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.adapter is None:
-            super()._save(output_dir, state_dict)
-            return
-        if not self.args.should_save:
-            return
         folder = Path(output_dir or self.args.output_dir)
-        save_adapter(self.model, folder, self.adapter)
-        self.model.config.save_pretrained(folder)
-        # Once, with the result: DeBERTa-v3's takes 11 MB, more than the adapter, and no checkpoint needs it.
-        if self.processing_class is not None and folder == Path(self.args.output_dir):
-            self.processing_class.save_pretrained(folder)
+        with disk_errors():
+            if self.adapter is None:
+                super()._save(output_dir, state_dict)
+            elif self.args.should_save:
+                save_adapter(self.model, folder, self.adapter)
+                self.model.config.save_pretrained(folder)
+                # Once, with the result: DeBERTa-v3's takes 11 MB, more than the adapter, and no checkpoint needs it.
+                if self.processing_class is not None and folder == Path(self.args.output_dir):
+                    self.processing_class.save_pretrained(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: --push_to_hub sends the finished run once, at its end."""

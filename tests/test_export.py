@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     BertTokenizer,
     DebertaV2Config,
     RobertaConfig,
@@ -331,6 +333,13 @@ def test_a_failing_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
     for export in (export_lora, export_peft):
         with pytest.raises(InputError, match="No space left"):
             export(tmp_path / "run", tmp_path / "out")
+
+    def full_too(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(BertForSequenceClassification, "save_pretrained", full_too)
+    with pytest.raises(InputError, match="No space left"):
+        export_merged(tmp_path / "run", tmp_path / "out")
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     (tmp_path / "out").mkdir()

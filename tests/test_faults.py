@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import runs
 import torch
+from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import loralib.running
 import loralib.trainer
@@ -265,6 +266,23 @@ def test_the_real_writers_fail_with_a_sentence(usual: list[str], tmp_path: Path)
     assert "Traceback" not in text
     assert "error: the checkpoint of step 1 could not be written" in text and "no checkpoint was written before" in text
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("full", [Exception, SafetensorError, RuntimeError], ids=lambda e: e.__name__)
+def test_a_disk_that_is_full_at_the_end_is_said(
+    full: type[Exception], usual: list[str], entry_point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writers of the last files have exceptions of their own; tokenizers' is plain Exception."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise full("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+    with pytest.raises(RunError, match="run could not be written to .No space left on device.*goes on from the last"):
+        entry_point("AdaLoRA").main([*usual, f"--output_dir={tmp_path / 'run'}"])
+    monkeypatch.undo()
+    entry_point("AdaLoRA").main([*usual, f"--output_dir={tmp_path / 'run'}"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
 
 
 @pytest.fixture
