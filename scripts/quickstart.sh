@@ -47,16 +47,16 @@ if [[ -z "$own_model" || -z "$own_data" ]]; then
 fi
 if [[ -z "$own_model$own_data" ]]; then
     base="${base:-$root/output/quickstart}"
-    # A tiny model and few rows want a larger learning rate than the paper's, more epochs, and a softer threshold.
-    # What an earlier quickstart left is replaced.
+    # A tiny model and few rows want a larger learning rate than the paper's, more epochs, a softer threshold, and phases of
+    # AdaLoRA that fit into one epoch of 32 steps. What an earlier quickstart left is replaced.
     common+=(--learning_rate 5e-3 --num_train_epochs 8 --max_seq_length 40 --overwrite_output_dir)
-    sparse_lambda_2=0.002
+    sparse_lambda_2=0.002 warmup=10
     export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # on tensors this small threads only wait for each other
 else
     # The settings of the paper's commands. A run that was cut off goes on from its last checkpoint.
     base="${base:-$root/output/$(basename "${own_model:-deberta-v3-tiny}")-$(basename "${own_data:-embedded}")}"
     common+=(--learning_rate 1e-3 --num_train_epochs 5 --max_seq_length 128)
-    sparse_lambda_2=0.005
+    sparse_lambda_2=0.005 warmup=50
 fi
 
 run() { # METHOD ENTRY_POINT FLAGS...
@@ -69,7 +69,7 @@ run() { # METHOD ENTRY_POINT FLAGS...
 }
 run lora AdaLoRA/run_glue.py --lora_type frd --lora_r 16 --lora_alpha 32 --reg_orth_coef 0
 run adalora AdaLoRA/run_glue.py --apply_adalora --lora_type svd --lora_r 16 --lora_alpha 32 --target_rank 8 \
-    --reg_orth_coef 0.1 --init_warmup 50 --final_warmup 50 --mask_interval 10 --beta1 0.85 --beta2 0.85
+    --reg_orth_coef 0.1 --init_warmup "$warmup" --final_warmup "$warmup" --mask_interval 10 --beta1 0.85 --beta2 0.85
 run sora SoRA/run_glue.py --train_sparse True --lora_r 16 --lora_alpha 32 --sparse_lambda 0.0 \
     --sparse_lambda_2 "$sparse_lambda_2"
 run rm-lora-v1 RM-LoRA/run_glue.py --lora_type v1 --lora_r 4 --random_rank 2 --lora_alpha 16 --reg_orth_coef 0.1
