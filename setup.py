@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "peft>=0.19"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.17", "mypy>=2.4", "peft>=0.19"]
 
 setup(
     name="rm-lora-glue",
@@ -12,22 +12,23 @@ setup(
     python_requires=">=3.11",
     packages=["loralib", "loralib.glue"],
     package_data={"loralib": ["py.typed"], "loralib.glue": ["*.py"]},
-    # constraints.txt holds the versions that the tests run with, constraints-oldest.txt those of test.sh --oldest.
+    # constraints.txt holds the versions that the tests run with, constraints-oldest.txt the lower ends of these ranges,
+    # which test.sh --oldest installs.
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.13,<2.14",
         "transformers>=5.17,<5.24",
-        "accelerate>=1.12,<1.16",
+        "accelerate>=1.13,<1.16",
         "datasets>=4.4,<5.3",
         "evaluate>=0.4.6,<0.5",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "numpy>=1.26",
-        "pyarrow>=18",
+        "pyarrow>=21",
         "sentencepiece>=0.2",  # with protobuf: reads spm.model, DeBERTa-v3's only tokenizer file
-        "protobuf>=5",
+        "protobuf>=5.26",
         "tensorboard>=2.18",
-        "matplotlib>=3.9",  # figures of the report, and the heatmap of ranks in TensorBoard
+        "matplotlib>=3.10",  # figures of the report, and the heatmap of ranks in TensorBoard
     ],
     extras_require={
         "test": TEST,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash scripts/test.sh [--oldest] [PYTEST ARGUMENTS]: the environment with the test tools, then ruff, mypy and pytest.
-# --oldest: the same with the oldest supported transformers, in an environment of its own.
+# --oldest: the same with the oldest supported versions, in an environment of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 

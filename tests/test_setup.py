@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
     found = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(name): pin for name, pin in found.items()}
 
@@ -40,6 +40,16 @@ def test_every_direct_dependency_is_pinned_inside_its_range() -> None:
             pin = pinned[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(pin), (requirement, pin)
     assert pinned["torch"] == "2.13.0"
+
+
+def test_every_range_begins_where_the_oldest_set_is() -> None:
+    """So each lower end is a version that `test.sh --oldest` runs with."""
+    oldest = pins("constraints-oldest.txt")
+    for extra in ("", "test", "peft"):
+        for requirement in declared()[extra]:
+            (start,) = (s.version for s in requirement.specifier if s.operator == ">=")
+            pin = oldest[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(pin) and f"{pin}.".startswith(f"{start}."), (requirement, pin)
 
 
 def test_pins_fit_each_other() -> None:
