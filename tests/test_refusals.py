@@ -95,6 +95,8 @@ REFUSED = [
     ("AdaLoRA", {"weight_decay": -1}, "weight_decay is -1.0, it must be 0 or more"),
     ("AdaLoRA", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs is 0.0, it must be above 0"),
     ("AdaLoRA", {"adam_beta2": 1}, "adam_beta2 is 1.0, it must lie in 0 to 1"),
+    ("AdaLoRA", {"torch_compile_mode": "fast"}, "torch_compile_mode is 'fast', it must be one of .*reduce-overhead"),
+    ("AdaLoRA", {"torch_compile_backend": "gcc"}, "torch_compile_backend is 'gcc', it must be one of .*inductor"),
     ("AdaLoRA", {"seed": -1}, "seed is -1, it must lie in 0 to 4294967295"),
     ("AdaLoRA", {"heldout_split": -1}, "heldout_split is -1"),
     ("AdaLoRA", {"lora_alpha": "inf"}, "lora_alpha is inf, it must be a finite number"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from accelerate.utils import DynamoBackend
 from transformers import HfArgumentParser, TrainingArguments
 
 from loralib.errors import InputError, RunError
@@ -199,9 +200,21 @@ class GlueTrainingArguments(TrainingArguments):
                 raise InputError(f"{name} is {getattr(self, name)}, it must lie in 0 to {2**32 - 1}.")
         if self.do_train and self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise InputError(f"num_train_epochs is {self.num_train_epochs}, it must be above 0, or give --max_steps.")
+        if self.torch_compile_mode is not None:
+            from torch._inductor import list_mode_options  # takes seconds to import
+
+            _refuse_choice("torch_compile_mode", self.torch_compile_mode, list(list_mode_options()))
+        if self.torch_compile_backend is not None:
+            backends = [backend.value.lower() for backend in DynamoBackend if backend != DynamoBackend.NO]
+            _refuse_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
         super().__post_init__()
         if self.device.type == "cpu":  # nothing to pin for; the loader would warn
             self.dataloader_pin_memory = False
+
+
+def _refuse_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}, it must be one of {', '.join(choices)}.")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
