@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
@@ -280,6 +281,19 @@ def test_ledger_ids_in_the_code_exist() -> None:
         for phrase in re.findall(r"[Ll]edger((?:,? (?:and |to )?[A-Z]\d+)+)", path.read_text()):
             named |= set(re.findall(r"[A-Z]\d+", phrase))
     assert named and named <= set(LEDGER), named - set(LEDGER)
+
+
+# ---- measured numbers ----
+
+
+def test_the_table_of_speed_is_that_of_its_file() -> None:
+    text = (ROOT / "README.md").read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
+    record = json.loads((ROOT / "scripts" / "results" / "cpu-base-8x128.json").read_text())
+    for name, r in record["records"][0]["results"].items():
+        numbers = [f"{r[key]:.2f}" for key in ("step_s", "ratio_to_peft", "ratio_to_frozen")]
+        assert f"| {' | '.join([name, *numbers, format(r['operations'], ',')])} |" in text
+    assert all(record["machine"][key] in text for key in ("date", "cpu", "torch", "transformers", "peft"))
+    assert record["machine"]["command"].replace("'", '"') in text
 
 
 # ---- links and shown code ----
