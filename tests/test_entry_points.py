@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from loralib.errors import InputError
+
 SIX = "query,key,value,intermediate,layer.output,attention.output"
 ADALORA = ["--lora_type", "svd", "--apply_adalora", "--target_rank", "2", "--init_warmup", "0", "--final_warmup", "1"]
 METHODS = {
@@ -209,6 +211,20 @@ def test_train_sparse_off_is_plain_lora(usual, entry_point, tmp_path, caplog) ->
     entry_point("AdaLoRA").main([*usual, "--output_dir", str(tmp_path / "lora")])
     one, two = trained(tmp_path / "out"), trained(tmp_path / "lora")
     assert all(torch.equal(one[k], two[k]) for k in two)
+
+
+def test_what_is_refused_removes_no_earlier_run(usual, entry_point, tmp_path) -> None:
+    """--overwrite_output_dir with a mistake beside it; and an adapter that is in the very folder."""
+    main, out = entry_point("AdaLoRA").main, tmp_path / "out"
+    main([*usual, "--save_strategy", "steps"])
+    before = sorted(p.name for p in out.iterdir())
+    late = [*ADALORA, "--final_warmup", "3"]  # known once the model and the data are loaded
+    for wrong in (["--dataset_name", "/no/data"], ["--model_name_or_path", "/no/model"], late):
+        with pytest.raises(InputError):
+            main([*usual, *wrong, "--overwrite_output_dir"])
+        assert sorted(p.name for p in out.iterdir()) == before
+    main([*usual, "--lora_path", str(out), "--overwrite_output_dir"])
+    assert not list(out.glob("checkpoint-*")) and (out / "adapter.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

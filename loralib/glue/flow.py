@@ -49,13 +49,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """What belongs to one run: its arguments, data, start time, and the checkpoint that it goes on from."""
+    """What belongs to one run: its arguments, data, start time, the checkpoint that it goes on from, and whether its
+    folder is still to be cleared of an earlier run."""
 
     arguments: tuple[Any, ...]
     training: GlueTrainingArguments
     checkpoint: str | None
     submission: str | None
     command: list[str]
+    clear: bool = False
     started: float = field(default_factory=time.time)
     complete: Callable[[dict[str, Any]], dict[str, Any]] = dict  # adds to the record before it is written
 
@@ -108,7 +110,8 @@ def start(
         checkpoint = prepare_output_dir(training)
     set_seed(training.seed)
     command = sys.argv if argv is None else [sys.argv[0], *argv]
-    return Run((model, data, lora, training), training, checkpoint, data.glue_submission, list(command))
+    clear = training.do_train and training.overwrite_output_dir and checkpoint is None
+    return Run((model, data, lora, training), training, checkpoint, data.glue_submission, list(command), clear)
 
 
 # ---- output folder ----
@@ -147,11 +150,6 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
     if not training.do_train:
         return None
     if training.overwrite_output_dir:
-        if training.should_save:
-            for item in sorted(folder.iterdir()):
-                if RUN_NAMES.fullmatch(item.name) or card.is_card(item):
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
-                    logger.info("--overwrite_output_dir: removed %s of an earlier run", item)
         return None
     left = [p.name for p in folder.iterdir() if p.name not in (LOCK_FILE, "runs")] if folder.is_dir() else []
     # A run that was killed before its first checkpoint leaves no more than a half-written one; an interrupted schedule
@@ -160,6 +158,19 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
     if (unfinished or any(re.fullmatch(r"stage-\d+", name) for name in left)) and last_checkpoint(folder) is None:
         return None
     return _last_checkpoint(folder)
+
+
+def clear_output_dir(run: Run) -> None:
+    """With --overwrite_output_dir: remove what an earlier run left, once nothing can be refused any more."""
+    if not run.clear:
+        return
+    run.clear = False
+    with run.training.main_process_first(desc="output folder"):
+        if run.training.should_save:
+            for item in sorted(Path(run.training.output_dir).iterdir()):
+                if RUN_NAMES.fullmatch(item.name) or card.is_card(item):
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+                    logger.info("--overwrite_output_dir: removed %s of an earlier run", item)
 
 
 def _last_checkpoint(folder: Path) -> str:
@@ -376,7 +387,8 @@ def _settings(run: Run, task: Task) -> dict[str, Any]:
 
 
 def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *lines: str) -> None:
-    """Say at the start what will happen, in a few lines (ledger D4, D5)."""
+    """Clear the folder where that was asked for, and say what will happen, in a few lines (ledger D4, D5)."""
+    clear_output_dir(run)
     args, counts = run.training, parameters(trainer.model)
     logger.info("method: %s", method)
     kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in adapted})

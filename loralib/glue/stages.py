@@ -11,7 +11,7 @@ from typing import Any
 
 from loralib.checkpoint import last_checkpoint
 from loralib.export import load_adapter
-from loralib.glue.flow import Run, logger
+from loralib.glue.flow import Run, clear_output_dir, logger
 from loralib.glue.report import RUN_FILE
 from loralib.trainer import LoRATrainer
 
@@ -22,6 +22,7 @@ def start_stage(run: Run, number: int, epochs: float | None) -> Run:
     Args:
         epochs: epochs of the stage; None: those of the run.
     """
+    clear_output_dir(run)
     folder = Path(run.training.output_dir) / f"stage-{number}"
     training = _with_epochs(run.training, number, epochs, output_dir=str(folder), do_predict=False, push_to_hub=False)
     found = last_checkpoint(folder)
