@@ -294,6 +294,10 @@ def test_the_table_of_speed_is_that_of_its_file() -> None:
         assert f"| {' | '.join([name, *numbers, format(r['operations'], ',')])} |" in text
     assert all(record["machine"][key] in text for key in ("date", "cpu", "torch", "transformers", "peft"))
     assert record["machine"]["command"].replace("'", '"') in text
+    padding = json.loads((ROOT / "scripts" / "results" / "cpu-xsmall-mrpc-padding.json").read_text())
+    steps = {name: r["step_s"] for name, r in padding["records"][0]["results"].items()}
+    for way in ("unpadded", "longest"):
+        assert f"{steps[f'lora/{way}'] / steps['lora']:.2f}" in text
 
 
 # ---- links and shown code ----
