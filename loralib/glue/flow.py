@@ -273,6 +273,12 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         what = " ".join(str(error).split())[:500] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # the message would advise to run whatever the file holds
             what = "its weights are not a file of tensors"
+        if "ignore_mismatched_sizes" in what:
+            what = (
+                "some layers have other sizes than the task's head and the config ask for, see above: "
+                "--ignore_mismatched_sizes starts them anew"
+            )
+            way = ""
         raise InputError(f"the model {name} cannot be loaded{where}: {what}{way}") from error
     if args.attention == "fast" and config.model_type == "deberta-v2":
         use_fast_attention(model)
