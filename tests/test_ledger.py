@@ -173,7 +173,7 @@ def test_several_gpus_in_one_process_are_said(tmp_path: Path, caplog: pytest.Log
     """D4: the warning names the effective batch and torchrun."""
     trainer = _trainer(Classifier(), _rows(8), tmp_path, {"per_device_train_batch_size": 32})
     trainer.args._n_gpu = 4
-    run: Any = SimpleNamespace(training=trainer.args)
+    run: Any = SimpleNamespace(training=trainer.args, clear=False)
     with caplog.at_level(logging.WARNING, logger="loralib"):
         flow.announce(run, trainer, "full", [])
     assert "4 GPUs" in caplog.text and "effective batch is 256" in caplog.text and "torchrun" in caplog.text
