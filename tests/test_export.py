@@ -515,6 +515,7 @@ def test_a_peft_folder_of_another_kind_is_refused(tmp_path: Path, change: dict[s
         read_adapter(tmp_path / "peft")
 
 
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")  # which is what is tested
 def test_a_start_of_peft_that_changes_the_base_is_refused_until_converted(tmp_path: Path) -> None:
     """PiSSA subtracts the factors' first product from the frozen weights, which the file does not say."""
     base = make_base(tmp_path / "base", "bert")
