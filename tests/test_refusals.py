@@ -297,3 +297,16 @@ def test_a_tokenizer_of_another_model(usual, entry_point, tiny_model_dir, tmp_pa
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     with pytest.raises(InputError, match=r"the tokenizer gives the token 100\d and the model knows tokens 0 to \d+:"):
         entry_point("AdaLoRA").main(argv(usual | {"tokenizer_name": folder}))
+
+
+def test_ctrl_c_is_one_sentence(capsys) -> None:
+    from loralib.glue.arguments import command
+
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        command(main)
+    assert stopped.value.code == 130
+    text = capsys.readouterr().err
+    assert "stopped by Ctrl-C; the same command goes on" in text and text.count("\n") == 1

@@ -332,10 +332,17 @@ def _check_types(classes: Sequence[type], values: dict[str, Any]) -> None:
 
 
 def command(main: Callable[[], Any]) -> NoReturn:
-    """Run an entry point's `main`: what ends a run as one sentence has its own exit status (2, 3 or 143)."""
+    """Run an entry point's `main`: what ends a run as one sentence has its own exit status (2, 3, 130 or 143)."""
     status = 0
     try:
         main()
+    except KeyboardInterrupt:
+        status = 130
+        print(
+            f"{Path(sys.argv[0]).name}: stopped by Ctrl-C; the same command goes on from the last checkpoint (SIGTERM "
+            "would have written one).",
+            file=sys.stderr,
+        )
     except (InputError, RunError) as error:
         status = error.exit_status
         rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
