@@ -36,10 +36,13 @@ def git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip()
+
     try:
-        run = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, timeout=10)  # noqa: E731
-        commit = run("rev-parse", "HEAD").stdout.strip()
-        return (commit + ("+changes" if run("status", "--porcelain", "-uno").stdout.strip() else "")) or None
+        return (git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")) or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 
