@@ -44,7 +44,7 @@ from loralib.adapt import ROLES, adapt, factors
 from loralib.allocator import RankAllocator
 from loralib.deberta import unpad, use_fast_attention
 from loralib.errors import InputError
-from loralib.layers import GatedLinear, LoRALinear, SVDLinear
+from loralib.layers import GatedLinear, LoRALinear, SVDLinear, product
 from loralib.masking import RandomMask
 from loralib.regularizer import svd_penalty
 from loralib.sparse import SparseAdamW, gate_l1, gates
@@ -75,12 +75,22 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        if name.startswith("aten.") and name != "aten.t.default":
+        if name.startswith(("aten.", "mkldnn.")) and name != "aten.t.default":
             self.total += not any(view in name for view in VIEWS)
         return func(*args, **(kwargs or {}))
 
     def __call__(self, part: str) -> None:
         self.parts[part] += self.total - sum(self.parts.values())
+
+
+class FrozenLinear(nn.Linear):
+    """nn.Linear with the kernel of this project's layers: the floor below them."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return product(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 class Contestant:
@@ -122,6 +132,9 @@ class Contestant:
             use_fast_attention(self.model)
         if method == "frozen":
             self.model.deberta.requires_grad_(False)
+            for module in self.model.deberta.modules():
+                if type(module) is nn.Linear:
+                    module.__class__ = FrozenLinear
             return
         adapt(self.model, LAYERS.get(method, LoRALinear), list(ROLES), r=self.o.rank, lora_alpha=2 * self.o.rank)
         if method == "adalora":
@@ -324,18 +337,22 @@ def count_synchronisations(contestant: Contestant, batch: dict[str, Tensor]) -> 
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
+@torch.no_grad()
 def matmul_rate(o: argparse.Namespace) -> float:
-    """FLOP/s of the shape's own large product, (batch length, hidden) x (hidden, intermediate), in the run's dtype."""
+    """FLOP/s of the shape's own large product, (batch length, hidden) x (hidden, intermediate), in the run's dtype.
+
+    By torch.mm or by the product of this project's layers, whichever is faster here.
+    """
     hidden, _, _, intermediate = SHAPES[o.shape]
     dtype = DTYPES[o.dtype] or torch.float32
     x = torch.randn(o.batch * o.length, hidden, device=o.device, dtype=dtype)
-    w = torch.randn(hidden, intermediate, device=o.device, dtype=dtype)
+    w = torch.randn(intermediate, hidden, device=o.device, dtype=dtype)
     seconds = []
-    for _ in range(8):
+    for multiply in (lambda: x.mm(w.t()), lambda: product(x, w)) * 8:
         clock = Clock(o)
         clock("start")
         for _ in range(4):
-            x.mm(w)
+            multiply()
         clock("forward")
         seconds.append(clock.seconds()["step"] / 4)
     return 2 * x.shape[0] * hidden * intermediate / min(seconds)

@@ -3,12 +3,15 @@
 import copy
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import loralib.layers
 from loralib.allocator import RankAllocator
 from loralib.errors import InputError
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
@@ -77,6 +80,57 @@ def test_layer_passes_gradcheck(kind: type[LoRALinear]) -> None:
         return torch.func.functional_call(layer, dict(zip(named, values, strict=True)), x)
 
     torch.autograd.gradcheck(call, (x, *(p.detach().requires_grad_() for p in named.values())))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_large_float32_layer_is_its_formula_in_float64(kind: type[LoRALinear], biased: bool) -> None:
+    """Large products take another kernel than small ones, which must not mind strides."""
+    torch.manual_seed(0)
+    layer = kind(nn.Linear(256, 384, bias=biased), r=3, lora_alpha=6, init_std=0.5)
+    nn.init.normal_(layer.lora_B)
+    layer.weight.requires_grad = False
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(256, 96).t()  # strides of a transposed tensor
+    assert x.shape[0] * layer.weight.numel() >= loralib.layers._ONEDNN_FROM
+    results = []
+    for each, value in ((layer, x), (exact, x.double())):
+        value = value.clone().requires_grad_()
+        y = each(value) if each is layer else formula(exact, value)
+        wanted = [value, each.lora_A, each.lora_B]
+        spread = torch.autograd.grad(y.sum(), wanted, retain_graph=True)  # the gradient of y has strides of 0
+        results.append([y, *spread, *torch.autograd.grad(y.square().sum(), wanted)])
+    for found, reference in zip(*results, strict=True):
+        assert (found - reference).abs().max() <= 2e-6 * reference.abs().max()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+def test_large_products_of_frozen_weights_take_onednn_without_a_graph_break() -> None:
+    layer = LoRALinear(nn.Linear(256, 384), r=3, lora_alpha=6)
+    layer.weight.requires_grad = layer.bias.requires_grad = False
+    x = torch.randn(96, 256, requires_grad=True)
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        layer(x).sum().backward()
+        with torch.no_grad():
+            layer(x[:10])
+    assert called.count("mkldnn._linear_pointwise.default") == 2  # forward and gradient of x, both large
+    assert torch._dynamo.explain(layer)(x).graph_break_count == 0
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
+def test_second_derivatives_are_refused() -> None:
+    layer = make(LoRALinear)
+    (gradient,) = torch.autograd.grad(layer(torch.randn(4, 5).double()).square().sum(), layer.lora_A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("kind", LAYERS)

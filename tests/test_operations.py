@@ -44,7 +44,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        if self.counting and name.startswith("aten.") and name != "aten.t.default":
+        if self.counting and name.startswith(("aten.", "mkldnn.")) and name != "aten.t.default":
             self.counts[name] += not any(view in name for view in VIEWS)
         return func(*args, **(kwargs or {}))
 
