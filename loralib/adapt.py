@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loralib.autocast import share_casts
 from loralib.errors import InputError
 from loralib.layers import LoRALinear
 
@@ -104,6 +105,7 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, adapted)
     mark_trainable(model)
+    share_casts(model)
     return names
 
 

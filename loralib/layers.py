@@ -104,6 +104,9 @@ class LoRALinear(nn.Linear):
         init_std: standard deviation of the initial factors.
     """
 
+    casts: list[Any] | None = None  # under autocast, in a forward: what loralib.autocast prepared for it
+    kept: tuple[list[Any], list[Any]] | None = None  # and its weight and bias between two of them
+
     def __init__(
         self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, init_std: float = 0.02
     ) -> None:
@@ -139,12 +142,22 @@ class LoRALinear(nn.Linear):
         d = self.diagonal()
         return self.scaling * (self.lora_B @ (self.lora_A if d is None else d.unsqueeze(1) * self.lora_A))
 
+    def train(self, mode: bool = True) -> "LoRALinear":
+        if not mode:  # what happens to the weights between two trainings is nobody's business
+            self.kept = None
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
-        parts: list[Any] = [x, self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()]
-        if torch.is_autocast_enabled(x.device.type):
+        if not torch.is_autocast_enabled(x.device.type):
+            parts: Any = self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()
+        else:
             dtype = torch.get_autocast_dtype(x.device.type)
-            parts = [None if p is None else p.to(dtype) for p in parts]
-        x, weight, bias, lora_A, lora_B, diagonal = parts
+            x = x.to(dtype)
+            parts = self.casts
+            if parts is None or parts[0].dtype != dtype:
+                parts = self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()
+                parts = [None if p is None else p.to(dtype) for p in parts]
+        weight, bias, lora_A, lora_B, diagonal = parts
         rows = x.reshape(-1, self.in_features)
         dropped = F.dropout(rows, self.lora_dropout) if self.training and self.lora_dropout > 0 else None
         y = _LowRankProduct.apply(rows, dropped, weight, bias, lora_A, lora_B, diagonal, self.scaling)

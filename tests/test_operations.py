@@ -89,7 +89,7 @@ def deberta() -> DebertaV2ForSequenceClassification:
     return DebertaV2ForSequenceClassification(config)
 
 
-def count(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def count(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **precision: bool) -> Counter[str]:
     """Operations of the third step of `method`, one in which its mask is applied."""
     operations = Operations()
     model = deberta()
@@ -122,6 +122,7 @@ def count(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter
         save_strategy="no",
         logging_nan_inf_filter=False,  # as the entry points have it
         disable_tqdm=True,
+        **precision,
     )
     trainer = LoRATrainer(model=model, args=args, train_dataset=rows, data_collator=collate, **parts)
     if method == "adalora":
@@ -152,6 +153,14 @@ def test_operations_of_one_step(method: str, tmp_path: Path, monkeypatch: pytest
     # Nothing asks the device for a number: a step that is not logged never waits. No constant is made anew.
     unwanted = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.eye"}
     assert not unwanted & {name.rpartition(".")[0] for name in counts}
+
+
+@pytest.mark.parametrize(("method", "exact"), {"lora": 1398, "adalora": 1671, "sora": 1632, "rm-lora": 1435}.items())
+def test_bf16_adds_the_casts_of_activations_and_four_for_all_layers(
+    method: str, exact: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = count(method, tmp_path, monkeypatch, bf16=True)
+    assert sum(counts.values()) == exact, counts.most_common()
 
 
 def test_the_benchmark_compares_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
