@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loralib.adapt import ROLES, adapt, factors
+from loralib.adapt import ROLES, adapt, adapted_layers, factors
 from loralib.allocator import RankAllocator
 from loralib.deberta import unpad, use_fast_attention
 from loralib.errors import InputError
@@ -293,7 +294,7 @@ def measure(o: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_steps(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Namespace) -> dict[str, Any]:
-    """Warm up; then what is counted rather than timed: operations, and on a GPU memory, kernels, synchronisations."""
+    """Warm up; then what is counted, not timed: operations, memory, and on a GPU kernels and synchronisations."""
     for _ in range(o.warmup):
         contestant.step(batch, lambda part: None)
     found: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in contestant.trained)}
@@ -302,19 +303,31 @@ def first_steps(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Na
             contestant.step(batch, operations)
         # the optimizer's arithmetic may be one kernel or many; SoRA's threshold, six operations, goes with it
         found["operations"] = sum(n for part, n in operations.parts.items() if part != "optimizer")
+    held = [*contestant.model.parameters(), *contestant.trained, *contestant.trained]  # with the optimizer's averages
+    held += [t for _, layer in adapted_layers(contestant.model) if layer.kept for t in layer.kept[1] if t is not None]
+    above = peak_above(contestant, batch, o)
+    found["peak_memory_bytes"] = above + sum(t.numel() * t.element_size() for t in held)  # as if it were alone
+    if o.device.type == "cuda":
+        found["kernels"] = count_kernels(contestant, batch)
+        found["synchronisations"] = count_synchronisations(contestant, batch)
+    return found
+
+
+def peak_above(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Namespace) -> int:
+    """Most bytes that one step has allocated at a time, above what was there before it."""
+    from torch.profiler import ProfilerActivity, profile
+
     if o.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         contestant.step(batch, lambda part: None)
         torch.cuda.synchronize()
-        above = torch.cuda.max_memory_allocated() - before
-        weights = sum(p.numel() * p.element_size() for p in contestant.model.parameters())
-        moments = sum(2 * p.numel() * p.element_size() for p in contestant.trained)
-        found["peak_memory_bytes"] = above + weights + moments  # as if it were alone on the device
-        found["kernels"] = count_kernels(contestant, batch)
-        found["synchronisations"] = count_synchronisations(contestant, batch)
-    return found
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        contestant.step(batch, lambda part: None)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def count_kernels(contestant: Contestant, batch: dict[str, Tensor]) -> int:

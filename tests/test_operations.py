@@ -169,7 +169,7 @@ def test_the_benchmark_compares_what_it_says(tmp_path: Path, capsys: pytest.Capt
     assert spec is not None and spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    sizes = ["--shape", "deberta-v3-xsmall", "--layers", "1", "--batch", "2", "--length", "16", "--real", "0.5"]
+    sizes = ["--shape", "deberta-v3-xsmall", "--layers", "3", "--batch", "4", "--length", "128", "--real", "0.5"]
     names = ["frozen", "lora", "adalora", "sora", "rm-lora-v2", "lora/stock", "lora/longest", "lora/unpadded"]
     flags = ["--repeats", "1", "--warmup", "1", "--device", "cpu", "--output", str(tmp_path / "new" / "b.json")]
     report = benchmark.main([*sizes, *flags, "--methods", ", ".join(names)])
@@ -181,6 +181,8 @@ def test_the_benchmark_compares_what_it_says(tmp_path: Path, capsys: pytest.Capt
         assert sum(result["parts_s"].values()) == pytest.approx(result["step_s"])
         assert result["ratio_to_frozen"] == pytest.approx(result["step_s"] / results["frozen"]["step_s"])
         assert result["ratio_to_peft"] is None
+    memory = {name: result["peak_memory_bytes"] for name, result in results.items()}
+    assert max(memory["frozen"], memory["lora/unpadded"]) < memory["lora"] < memory["lora/stock"]
     assert results["frozen"]["operations"] < results["lora"]["operations"] < results["lora/stock"]["operations"]
     wrong = {"--methods": ("dora", "'dora'"), "--device": ("tpu", "tpu"), "--output": (str(tmp_path), "is a folder")}
     for flag, (value, said) in wrong.items():
