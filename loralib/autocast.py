@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralib.layers import LoRALinear
+from loralib.layers import LoRALinear, autocast_dtype
 
 
 def share_casts(model: nn.Module) -> None:
@@ -32,9 +32,9 @@ def _prepare(module: Any, args: Any) -> None:
         return
     adapted = (m for m in module.modules() if isinstance(m, LoRALinear))
     first = next(adapted, None)
-    if first is None or not torch.is_autocast_enabled(first.weight.device.type):
+    if first is None or (dtype := autocast_dtype(first.weight)) is None:
         return
-    device, dtype = first.weight.device, torch.get_autocast_dtype(first.weight.device.type)
+    device = first.weight.device
     layers = [m for m in (first, *adapted) if m.weight.device == device and m.weight.dtype == torch.float32]
     if not layers:
         return

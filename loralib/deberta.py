@@ -35,6 +35,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
     scaled_size_sqrt,
 )
 
+from loralib.layers import autocast_dtype
+
 logger = logging.getLogger(__name__)
 
 
@@ -230,8 +232,7 @@ class FastSelfAttention(DisentangledSelfAttention):
             rel_embeddings[span - length : span + length] if distance is None else rel_embeddings[: 2 * span]
         )
 
-        if torch.is_autocast_enabled(states.device.type):  # once, not in each of the projections
-            half = torch.get_autocast_dtype(states.device.type)
+        if (half := autocast_dtype(states)) is not None:  # once, not in each of the projections
             states, rows = states.to(half), rows.to(half)
             asking = states if query_states is None else asking.to(half)
 

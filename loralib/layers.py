@@ -29,6 +29,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products in on the device of `x`; None where it is off or unknown, as on meta."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 class _LowRankProduct(torch.autograd.Function):
     """y = x W^T + b + s z (d A)^T B^T in one node, where z is x or a dropped-out copy of it.
 
@@ -148,16 +155,13 @@ class LoRALinear(nn.Linear):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
-        if not torch.is_autocast_enabled(x.device.type):
-            parts: Any = self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()
-        else:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x = x.to(dtype)
-            parts = self.casts
-            if parts is None or parts[0].dtype != dtype:
-                parts = self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()
+        dtype, parts = autocast_dtype(x), self.casts
+        if dtype is None or parts is None or parts[0].dtype != dtype:
+            parts = [self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()]
+            if dtype is not None:
                 parts = [None if p is None else p.to(dtype) for p in parts]
         weight, bias, lora_A, lora_B, diagonal = parts
+        x = x if dtype is None else x.to(dtype)
         rows = x.reshape(-1, self.in_features)
         dropped = F.dropout(rows, self.lora_dropout) if self.training and self.lora_dropout > 0 else None
         y = _LowRankProduct.apply(rows, dropped, weight, bias, lora_A, lora_B, diagonal, self.scaling)

@@ -9,6 +9,7 @@ The main optimizer's arithmetic is left out (a fused AdamW is a few kernels); So
 import importlib.util
 import json
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,12 +164,34 @@ def test_bf16_adds_the_casts_of_activations_and_four_for_all_layers(
     assert sum(counts.values()) == exact, counts.most_common()
 
 
-def test_the_benchmark_compares_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tiny run: ratios follow from the times, the parts sum up, the file holds what the table shows."""
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    """scripts/benchmark.py as a module."""
     spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).parents[1] / "scripts" / "benchmark.py")
     assert spec is not None and spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "sora", "svd-lora", "rm-lora-v1", "rm-lora-v2"])
+def test_a_step_stays_on_its_device(method: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which refuses tensors of another one and has no numbers to read: three whole steps."""
+    sizes = ["--shape", "deberta-v3-xsmall", "--layers", "2", "--batch", "2", "--length", "8", "--methods", method]
+    settings, build = benchmark.parse(sizes), benchmark.build
+    settings.device = torch.device("meta")
+    monkeypatch.setattr(benchmark, "build", lambda o: build(o).to("meta"))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know this device
+    contestant = benchmark.Contestant(method, benchmark.build(settings), settings)
+    for _ in range(3):
+        contestant.step(benchmark.make_batch(settings), lambda part: None)
+    assert {p.grad is None and p.device.type for p in contestant.trained} == {"meta"}
+
+
+def test_the_benchmark_compares_what_it_says(
+    benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tiny run: ratios follow from the times, the parts sum up, the file holds what the table shows."""
     sizes = ["--shape", "deberta-v3-xsmall", "--layers", "3", "--batch", "4", "--length", "128", "--real", "0.5"]
     names = ["frozen", "lora", "adalora", "sora", "rm-lora-v2", "lora/stock", "lora/longest", "lora/unpadded"]
     flags = ["--repeats", "1", "--warmup", "1", "--device", "cpu", "--output", str(tmp_path / "new" / "b.json")]
