@@ -5,6 +5,7 @@ names of the released state dicts: `lora_A` (r, in), `lora_B` (out, r), `lora_E`
 `lora_gate` (1, r). A variant of one's own is a subclass of `LoRALinear`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,12 +38,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class _LowRankProduct(torch.autograd.Function):
-    """y = x W^T + b + s z (d A)^T B^T in one node, where z is x or a dropped-out copy of it.
+    """y = x W^T + b + s z A^T B^T in one node, where z is x or a dropped-out copy of it.
 
     Plain autograd would spend a scaling, an addition and a full-size temporary on each of forward and backward; here
     the low-rank product is accumulated into the base product (`addmm` with alpha), and the same for the gradient of x.
-    Nothing is computed for an input that needs no gradient, the frozen weight above all. The diagonal d multiplies the
-    rows of A, (r, in), which is small, and never the activations.
+    Nothing is computed for an input that needs no gradient, the frozen weight above all.
     """
 
     @staticmethod
@@ -54,47 +54,40 @@ class _LowRankProduct(torch.autograd.Function):
         bias: Tensor | None,  # (out,)
         lora_A: Tensor,  # (r, in)
         lora_B: Tensor,  # (out, r)
-        diagonal: Tensor | None,  # (r,)
         scaling: float,
     ) -> Tensor:  # (n, out)
         y = product(x, weight, bias)
-        scaled_A = lora_A if diagonal is None else lora_A * diagonal.unsqueeze(1)
-        u = (x if z is None else z).mm(scaled_A.t())  # (n, r)
+        u = (x if z is None else z).mm(lora_A.t())  # (n, r)
         y.addmm_(u, lora_B.t(), alpha=scaling)
-        ctx.save_for_backward(x, z, weight, lora_A, lora_B, diagonal, scaled_A, u)
+        ctx.save_for_backward(x, z, weight, lora_A, lora_B, u)
         ctx.scaling = scaling
         return y
 
     @staticmethod
     @once_differentiable  # what it saves of its own products would count as constants
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # g: (n, out)
-        x, z, weight, lora_A, lora_B, diagonal, scaled_A, u = ctx.saved_tensors
+        x, z, weight, lora_A, lora_B, u = ctx.saved_tensors
         s = ctx.scaling
-        need_x, need_z, need_weight, need_bias, need_A, need_B, need_diagonal, _ = ctx.needs_input_grad
-        grad_x = grad_z = grad_weight = grad_bias = grad_B = grad_diagonal = None
-        grad_A: Any = None
+        need_x, need_z, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
+        grad_x = grad_z = grad_weight = grad_bias = grad_A = grad_B = None
         # `addmm` with beta 0 ignores its first argument: a product and its scaling in one operation
         if need_B:
             grad_B = torch.addmm(lora_B, g.t(), u, beta=0, alpha=s)
-        if need_x or need_z or need_A or need_diagonal:
+        if need_x or need_z or need_A:
             v = g.mm(lora_B)  # (n, r)
-            if need_A or need_diagonal:
-                grad_A = torch.addmm(lora_A, v.t(), x if z is None else z, beta=0, alpha=s)  # of d A so far
-            if need_diagonal:  # of d_i: the dot product of row i with row i of A
-                grad_diagonal = torch.bmm(grad_A.unsqueeze(1), lora_A.unsqueeze(2)).view(-1)
-            if diagonal is not None and grad_A is not None:
-                grad_A = grad_A * diagonal.unsqueeze(1)
+            if need_A:
+                grad_A = torch.addmm(lora_A, v.t(), x if z is None else z, beta=0, alpha=s)
             if need_z:
-                grad_z = torch.addmm(z, v, scaled_A, beta=0, alpha=s)
+                grad_z = torch.addmm(z, v, lora_A, beta=0, alpha=s)
             if need_x:
                 grad_x = product(g, weight.t())
                 if z is None:
-                    grad_x.addmm_(v, scaled_A, alpha=s)
+                    grad_x.addmm_(v, lora_A, alpha=s)
         if need_weight:
             grad_weight = g.t().mm(x)
         if need_bias:
             grad_bias = g.sum(0)
-        return grad_x, grad_z, grad_weight, grad_bias, grad_A, grad_B, grad_diagonal, None
+        return grad_x, grad_z, grad_weight, grad_bias, grad_A, grad_B, None
 
 
 class LoRALinear(nn.Linear):
@@ -111,8 +104,10 @@ class LoRALinear(nn.Linear):
         init_std: standard deviation of the initial factors.
     """
 
-    casts: list[Any] | None = None  # under autocast, in a forward: what loralib.autocast prepared for it
-    kept: tuple[list[Any], list[Any]] | None = None  # and its weight and bias between two of them
+    # Of loralib.together: what it prepared for a forward that is running (autocast's dtype; weight, bias, A with the
+    # diagonal, B), and the weight and bias that it keeps in half precision.
+    prepared: tuple[torch.dtype | None, Sequence[Any]] | None = None
+    kept: tuple[list[Any], list[Any]] | None = None
 
     def __init__(
         self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, init_std: float = 0.02
@@ -155,16 +150,18 @@ class LoRALinear(nn.Linear):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
-        dtype, parts = autocast_dtype(x), self.casts
-        if dtype is None or parts is None or parts[0].dtype != dtype:
-            parts = [self.weight, self.bias, self.lora_A, self.lora_B, self.diagonal()]
-            if dtype is not None:
-                parts = [None if p is None else p.to(dtype) for p in parts]
-        weight, bias, lora_A, lora_B, diagonal = parts
+        dtype = autocast_dtype(x)
+        if self.prepared is not None and self.prepared[0] == dtype:
+            weight, bias, lora_A, lora_B = self.prepared[1]
+        else:
+            d = self.diagonal()
+            lora_A = self.lora_A if d is None else self.lora_A * d.unsqueeze(1)  # (r, in): small, unlike activations
+            parts = self.weight, self.bias, lora_A, self.lora_B
+            weight, bias, lora_A, lora_B = (p if p is None or dtype is None else p.to(dtype) for p in parts)
         x = x if dtype is None else x.to(dtype)
         rows = x.reshape(-1, self.in_features)
         dropped = F.dropout(rows, self.lora_dropout) if self.training and self.lora_dropout > 0 else None
-        y = _LowRankProduct.apply(rows, dropped, weight, bias, lora_A, lora_B, diagonal, self.scaling)
+        y = _LowRankProduct.apply(rows, dropped, weight, bias, lora_A, lora_B, self.scaling)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

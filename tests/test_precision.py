@@ -183,13 +183,20 @@ def test_fp16_on_the_cpu_is_said_to_be_float32(tmp_path: Path, caplog: pytest.Lo
     assert runs.differences(runs.result(run), runs.result(plain)) == []
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["rm-lora-v2", "adalora"])
+def test_gradient_checkpointing_changes_nothing(method: str, tmp_path: Path) -> None:
     results = []
     for on in (False, True):
         args = runs.arguments(tmp_path, gradient_checkpointing=on, **STEPS)
-        run = runs.trainer("adalora", args, TRAIN)
+        run = runs.trainer(method, args, TRAIN)
         run.train()
         results.append(runs.result(run))
     for log in results[0]["history"] + results[1]["history"]:
         log.pop("total_flos", None)
-    assert runs.differences(*results) == []
+    if method == "adalora":  # a diagonal's gradient is summed in another order where layers work together
+        for a, b in zip(*(r["state"].values() for r in results), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        for a, b in zip(*(r["history"] for r in results), strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+    else:
+        assert runs.differences(*results) == []

@@ -1,4 +1,4 @@
-"""Casts shared by all adapted layers: the same numbers as without, always those of the weights as they are now."""
+"""What all adapted layers prepare together: the numbers of layers left alone, of the weights as they are now."""
 
 import copy
 import pickle
@@ -39,20 +39,20 @@ def deberta(kind: type[LoRALinear], **settings: Any) -> Any:
 
 
 def without(model: Any) -> Any:
-    """A copy whose layers cast for themselves."""
+    """A copy whose layers are left alone."""
     model = copy.deepcopy(model)
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [n for n, hook in hooks.items() if hook.__module__ == "loralib.autocast"]:
+            for number in [n for n, hook in hooks.items() if hook.__module__ == "loralib.together"]:
                 del hooks[number]
     return model
 
 
-def step(model: Any, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+def step(model: Any, dtype: torch.dtype | None = torch.bfloat16) -> list[Tensor]:
     """Logits, and the gradient of every parameter that has one."""
     torch.manual_seed(1)
     model.zero_grad()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         logits = model(**BATCH).logits
     logits.float().square().sum().backward()
     return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
@@ -62,15 +62,15 @@ def same(found: list[Tensor], reference: list[Tensor]) -> bool:
     return len(found) == len(reference) and all(map(torch.equal, found, reference))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_are_those_of_layers_that_cast_for_themselves(kind: type[LoRALinear], dtype: torch.dtype) -> None:
+def test_numbers_are_those_of_layers_left_alone(kind: type[LoRALinear], dtype: torch.dtype | None) -> None:
     model = deberta(kind, lora_dropout=0.1)
     plain = without(model)
     for _ in range(2):
         found, reference = step(model, dtype), step(plain, dtype)
         assert same(found, reference)
-        assert all(layer.kept is not None for _, layer in adapted_layers(model))
+        assert all((layer.kept is not None) == (dtype is not None) for _, layer in adapted_layers(model))
         assert all(layer.kept is None for _, layer in adapted_layers(plain))
         assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
         with torch.no_grad():
@@ -130,11 +130,11 @@ def test_nothing_is_left_after_a_forward_not_even_a_failed_one() -> None:
     model = deberta(LoRALinear)
     step(model)
     layers = [layer for _, layer in adapted_layers(model)]
-    assert all(layer.casts is None for layer in layers)
+    assert all(layer.prepared is None for layer in layers)
     layers[-1].forward = None  # type: ignore[method-assign, assignment]
     with pytest.raises(TypeError), torch.autocast("cpu", dtype=torch.bfloat16):
         model(**BATCH)
-    assert all(layer.casts is None for layer in layers)
+    assert all(layer.prepared is None for layer in layers)
 
 
 def test_evaluation_keeps_nothing() -> None:
@@ -182,7 +182,7 @@ def test_a_replica_of_data_parallel() -> None:
             logits = replica(model)(**BATCH).logits
         logits.float().square().sum().backward()
         assert same([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], reference)
-    assert all(layer.casts is None for _, layer in adapted_layers(model))
+    assert all(layer.prepared is None for _, layer in adapted_layers(model))
     assert [layer.kept for _, layer in adapted_layers(model)] == kept
 
 
@@ -201,7 +201,7 @@ def test_layers_that_take_no_part_and_weights_that_train() -> None:
     assert all(p.grad is None for p in model.bert.unused.parameters())
 
 
-def test_a_variant_may_ignore_the_casts() -> None:
+def test_a_variant_may_ignore_it() -> None:
     class Doubled(LoRALinear):
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight + 2 * self.lora_B @ self.lora_A, self.bias)
@@ -210,7 +210,7 @@ def test_a_variant_may_ignore_the_casts() -> None:
     assert same(step(model), step(without(model)))
 
 
-def test_compiled_layers_cast_for_themselves() -> None:
+def test_compiled_layers_are_left_alone() -> None:
     model = deberta(LoRALinear)
     model.config.hidden_dropout_prob = 0.0
     for module in model.modules():
