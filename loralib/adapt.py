@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from loralib.errors import InputError
 from loralib.layers import LoRALinear
-from loralib.together import prepare_together
+from loralib.together import work_together
 
 # What the six names of `lora_module` mean in each family of models: suffixes of module names, as regular expressions.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -105,7 +105,7 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, adapted)
     mark_trainable(model)
-    prepare_together(model)
+    work_together(model)
     return names
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from loralib.adapt import adapt, adapted_layers, backbone_of, is_head, is_lora, ranks
 from loralib.errors import InputError
 from loralib.layers import LoRALinear
+from loralib.together import work_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -752,6 +753,7 @@ def merge(model: nn.Module) -> None:
         if id(module) in plain:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, plain[id(module)])
+    work_alone(model)
 
 
 def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", str, str | None]:

@@ -25,6 +25,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     large = x.shape[0] * weight.numel() >= _ONEDNN_FROM
     if large and _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled():
+        bias = None if bias is None else bias.contiguous()  # its strides are not looked at
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
@@ -90,6 +91,35 @@ class _LowRankProduct(torch.autograd.Function):
         return grad_x, grad_z, grad_weight, grad_bias, grad_A, grad_B, None
 
 
+class ScaledRows(torch.autograd.Function):
+    """k matrices A (r, in) and then k diagonals d (r,), all of one shape -> k matrices of rows d_i A_i, (r, in).
+
+    It copies what its backward needs and saves no tensor: a layer that is computed again under gradient checkpointing
+    must save as many as before, whether or not `loralib.together` did this part for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        k = len(tensors) // 2
+        ctx.A, ctx.d = torch.stack(tensors[:k]), torch.stack(tensors[k:]).unsqueeze(2)
+        ctx.set_materialize_grads(False)
+        rows = (ctx.A * ctx.d).unbind()
+        needed = [a or d for a, d in zip(ctx.needs_input_grad[:k], ctx.needs_input_grad[k:], strict=True)]
+        ctx.mark_non_differentiable(*(row for row, need in zip(rows, needed, strict=True) if not need))
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = [i for i, g in enumerate(grads) if g is not None]
+        A, d = (ctx.A, ctx.d) if len(there) == len(grads) else (ctx.A[there], ctx.d[there])
+        g = torch.stack([g for g in grads if g is not None])
+        found: list[Tensor | None] = [None] * (2 * len(grads))
+        for i, of_A, of_d in zip(there, (g * d).unbind(), (g * A).sum(2).unbind(), strict=True):
+            found[i], found[len(grads) + i] = of_A, of_d
+        return tuple(found)
+
+
 class LoRALinear(nn.Linear):
     """LoRA (arXiv 2106.09685, eq. 3), the `frd` layer: y = x W^T + b + (alpha / r) x A^T B^T.
 
@@ -104,10 +134,8 @@ class LoRALinear(nn.Linear):
         init_std: standard deviation of the initial factors.
     """
 
-    # Of loralib.together: what it prepared for a forward that is running (autocast's dtype; weight, bias, A with the
-    # diagonal, B), and the weight and bias that it keeps in half precision.
+    # What loralib.together prepared for one use of the layer: autocast's dtype; weight, bias, A with the diagonal, B.
     prepared: tuple[torch.dtype | None, Sequence[Any]] | None = None
-    kept: tuple[list[Any], list[Any]] | None = None
 
     def __init__(
         self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, init_std: float = 0.02
@@ -145,17 +173,18 @@ class LoRALinear(nn.Linear):
         return self.scaling * (self.lora_B @ (self.lora_A if d is None else d.unsqueeze(1) * self.lora_A))
 
     def train(self, mode: bool = True) -> "LoRALinear":
-        if not mode:  # what happens to the weights between two trainings is nobody's business
-            self.kept = None
+        self.prepared = None  # left over where a forward was interrupted
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
-        dtype = autocast_dtype(x)
-        if self.prepared is not None and self.prepared[0] == dtype:
-            weight, bias, lora_A, lora_B = self.prepared[1]
+        dtype, prepared = autocast_dtype(x), None
+        if not torch.compiler.is_compiling():  # for this use alone: gradients of several are summed in full precision
+            prepared, self.prepared = self.prepared, None
+        if prepared is not None and prepared[0] == dtype:
+            weight, bias, lora_A, lora_B = prepared[1]
         else:
             d = self.diagonal()
-            lora_A = self.lora_A if d is None else self.lora_A * d.unsqueeze(1)  # (r, in): small, unlike activations
+            lora_A = self.lora_A if d is None else ScaledRows.apply(self.lora_A, d)[0]
             parts = self.weight, self.bias, lora_A, self.lora_B
             weight, bias, lora_A, lora_B = (p if p is None or dtype is None else p.to(dtype) for p in parts)
         x = x if dtype is None else x.to(dtype)

@@ -1,10 +1,9 @@
 """What every adapted layer needs in a forward, computed for all layers at once.
 
 Left alone, each layer multiplies its diagonal into A, and under autocast casts weight, bias and factors; autograd then
-does the same for each gradient. On twelve layers these are 216 operations of a step of AdaLoRA or SoRA, and 432 more
-under autocast, where LoRA has 1,300 in all. Here matrices of one shape are multiplied together, factors and their
-gradients are cast together, and the casts of frozen weights are kept, which costs their size in half precision. The
-numbers are the same.
+does the same for each gradient. On twelve layers these are about 200 operations of a step of AdaLoRA or SoRA, and 430
+more under autocast, where LoRA has 1,400 besides. Here matrices of one shape are multiplied together, and everything is
+cast together, as are the gradients. The arithmetic is the same.
 """
 
 from collections.abc import Sequence
@@ -14,100 +13,72 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralib.layers import LoRALinear, autocast_dtype
+from loralib.layers import LoRALinear, ScaledRows, autocast_dtype
 
 
-def prepare_together(model: nn.Module) -> None:
+def work_together(model: nn.Module) -> None:
     """Let the parts of `model` that hold adapted layers prepare these before each of their forwards in training.
 
     The hooks are on the children and not on `model` itself: accelerate opens autocast inside the forward of that one.
-    In evaluation, under torch.compile, which merges operations itself, and under gradient checkpointing, which would
-    find another layer when it computes again, each layer does it alone.
+    Left alone are layers in evaluation, layers that torch.compile sees, layers with a forward or forward pre-hooks of
+    their own, and diagonals that are computed: these may depend on what happens during the forward.
     """
     for child in model.children():
-        if sum(isinstance(m, LoRALinear) for m in child.modules()) > 1:
+        adapted = sum(isinstance(m, LoRALinear) for m in child.modules())
+        if adapted > 1 and _prepare not in child._forward_pre_hooks.values():
             child.register_forward_pre_hook(_prepare)
             child.register_forward_hook(_forget, always_call=True)
 
 
+def work_alone(model: nn.Module) -> None:
+    """Take the hooks of `work_together` away."""
+    for module in model.modules():
+        hooks: Any
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, hook in hooks.items() if hook in (_prepare, _forget)]:
+                del hooks[number]
+                module._forward_hooks_always_called.pop(number, None)
+
+
 def _prepare(module: Any, args: Any) -> None:
-    if torch.compiler.is_compiling() or not module.training:
+    if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
         return
-    layers: list[LoRALinear] = []
-    for m in module.modules():
-        if isinstance(m, LoRALinear):
-            layers.append(m)
-        elif getattr(m, "gradient_checkpointing", False):
-            return
-    if not layers:
-        return
-    first = layers[0].weight
-    layers = [layer for layer in layers if layer.weight.device == first.device and layer.weight.dtype == first.dtype]
-    dtype, diagonals = autocast_dtype(first), [layer.diagonal() for layer in layers]
-    if dtype is None and all(d is None for d in diagonals):
+    layers = [m for m in module.modules() if type(m).forward is LoRALinear.forward and not m._forward_pre_hooks]
+    diagonals = [layer.diagonal() for layer in layers]
+    adapted = [
+        (layer, d)
+        for layer, d in zip(layers, diagonals, strict=True)
+        if (layer.weight.device, layer.weight.dtype) == (layers[0].weight.device, layers[0].weight.dtype)
+        and (d is None or d.is_leaf or (d._base is not None and d._base.is_leaf))
+    ]
+    if not adapted:
         return
 
-    ready: dict[int, Tensor] = {}  # A of each layer as its product takes it, by place
-    shapes: dict[torch.Size, list[int]] = {}
-    for i, d in enumerate(diagonals):
+    shapes: dict[torch.Size, list[tuple[LoRALinear, Tensor]]] = {}
+    for layer, d in adapted:
         if d is not None:
-            shapes.setdefault(layers[i].lora_A.shape, []).append(i)
-    for places in shapes.values():
-        pairs = [layers[i].lora_A for i in places] + [diagonals[i] for i in places]
-        ready.update(zip(places, _ScaledRows.apply(dtype, *pairs), strict=True))
-    plain = [i for i, d in enumerate(diagonals) if d is None]
-    factors = [layers[i].lora_A for i in plain] + [layer.lora_B for layer in layers]
+            shapes.setdefault(layer.lora_A.shape, []).append((layer, d))
+    rows: dict[LoRALinear, Tensor] = {}
+    for group in shapes.values():
+        scaled = ScaledRows.apply(*(layer.lora_A for layer, _ in group), *(d for _, d in group))
+        rows.update(zip((layer for layer, _ in group), scaled, strict=True))
+
+    dtype = autocast_dtype(layers[0].weight)
+    layers = list(rows) if dtype is None else [layer for layer, _ in adapted]
+    parts = [[layer.weight, layer.bias, rows.get(layer, layer.lora_A), layer.lora_B] for layer in layers]
     if dtype is not None:
-        factors = _Cast.apply(dtype, *factors)
-    ready.update(zip(plain, factors, strict=False))
-    for i, (layer, B) in enumerate(zip(layers, factors[len(plain) :], strict=True)):
-        layer.prepared = dtype, [*_frozen(layer, dtype), ready[i], B]
+        cast = iter(_Cast.apply(dtype, *(t for own in parts for t in own if t is not None)))
+        parts = [[None if t is None else next(cast) for t in own] for own in parts]
     module.prepared_layers = layers
+    for layer, own in zip(layers, parts, strict=True):
+        layer.prepared = dtype, own
 
 
 def _forget(module: Any, args: Any, output: Any) -> None:
+    """No layer that took no part in this forward keeps anything for the next."""
     if not torch.compiler.is_compiling():
         for layer in module.__dict__.pop("prepared_layers", ()):
             layer.prepared = None
-
-
-def _frozen(layer: LoRALinear, dtype: torch.dtype | None) -> Sequence[Tensor | None]:
-    """Weight and bias in `dtype`; kept as long as the layer holds the same ones, unchanged."""
-    own = [layer.weight, layer.bias]
-    if dtype is None:
-        return own
-    if any(p is not None and p.requires_grad for p in own):
-        return [None if p is None else p.to(dtype) for p in own]
-    state = [dtype, *((p.device, p.data_ptr(), p._version) for p in own if p is not None)]
-    if layer.kept is None or layer.kept[0] != state:
-        layer.kept = (state, [None if p is None else p.to(dtype) for p in own])
-    return layer.kept[1]
-
-
-class _ScaledRows(torch.autograd.Function):
-    """k matrices A (r, in) and then k diagonals d (r,), all of one shape -> k matrices of rows d_i A_i, in `dtype`."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        k = len(tensors) // 2
-        A, d = torch.stack(tensors[:k]), torch.stack(tensors[k:]).unsqueeze(2)
-        ctx.save_for_backward(A, d)
-        ctx.set_materialize_grads(False)
-        rows = A * d
-        return (rows if dtype is None else rows.to(dtype)).unbind()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        A, d = ctx.saved_tensors
-        there = [i for i, g in enumerate(grads) if g is not None]
-        if len(there) < len(grads):
-            A, d = A[there], d[there]
-        g: Tensor = torch.stack([g for g in grads if g is not None]).to(A.dtype)
-        found: list[Tensor | None] = [None] * (2 * len(grads))
-        for i, of_A, of_d in zip(there, (g * d).unbind(), (g * A).sum(2).unbind(), strict=True):
-            found[i], found[len(grads) + i] = of_A, of_d
-        return None, *found
 
 
 class _Cast(torch.autograd.Function):
@@ -117,7 +88,10 @@ class _Cast(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtype = tensors[0].dtype
         ctx.set_materialize_grads(False)
-        return _cast(tensors, dtype)
+        copies = _cast(tensors, dtype)
+        needed = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(copy for copy, need in zip(copies, needed, strict=True) if not need))
+        return copies
 
     @staticmethod
     @once_differentiable
@@ -127,5 +101,10 @@ class _Cast(torch.autograd.Function):
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    pieces = torch.cat([t.reshape(-1) for t in tensors]).to(dtype).split([t.numel() for t in tensors])
-    return tuple(piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True))
+    if not tensors:
+        return ()
+    sizes = [t.numel() for t in tensors]
+    pieces = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device).split(sizes)
+    copies = tuple(piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True))
+    torch._foreach_copy_(copies, tuple(tensors))
+    return copies

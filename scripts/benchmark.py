@@ -41,7 +41,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loralib.adapt import ROLES, adapt, adapted_layers, factors
+from loralib.adapt import ROLES, adapt, factors
 from loralib.allocator import RankAllocator
 from loralib.deberta import unpad, use_fast_attention
 from loralib.errors import InputError
@@ -303,10 +303,9 @@ def first_steps(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Na
             contestant.step(batch, operations)
         # the optimizer's arithmetic may be one kernel or many; SoRA's threshold, six operations, goes with it
         found["operations"] = sum(n for part, n in operations.parts.items() if part != "optimizer")
-    held = [*contestant.model.parameters(), *contestant.trained, *contestant.trained]  # with the optimizer's averages
-    held += [t for _, layer in adapted_layers(contestant.model) if layer.kept for t in layer.kept[1] if t is not None]
-    above = peak_above(contestant, batch, o)
-    found["peak_memory_bytes"] = above + sum(t.numel() * t.element_size() for t in held)  # as if it were alone
+    # as if it were alone: with weights and the optimizer's averages; an allocator's averages, which are small, left out
+    held = [*contestant.model.parameters(), *contestant.trained, *contestant.trained]
+    found["peak_memory_bytes"] = peak_above(contestant, batch, o) + sum(t.numel() * t.element_size() for t in held)
     if o.device.type == "cuda":
         found["kernels"] = count_kernels(contestant, batch)
         found["synchronisations"] = count_synchronisations(contestant, batch)
@@ -314,7 +313,10 @@ def first_steps(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Na
 
 
 def peak_above(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Namespace) -> int:
-    """Most bytes that one step has allocated at a time, above what was there before it."""
+    """Most bytes that one step has allocated at a time, above what was there before it.
+
+    On a CPU: of what the step itself allocates; that it frees older blocks goes unseen.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     if o.device.type == "cuda":
@@ -327,7 +329,7 @@ def peak_above(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Nam
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         contestant.step(batch, lambda part: None)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
 
 
 def count_kernels(contestant: Contestant, batch: dict[str, Tensor]) -> int:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import loralib.layers
 from loralib.allocator import RankAllocator
 from loralib.errors import InputError
-from loralib.layers import GatedLinear, LoRALinear, SVDLinear
+from loralib.layers import GatedLinear, LoRALinear, SVDLinear, product
 from loralib.masking import RandomMask
 from loralib.regularizer import frd_penalty, svd_penalty
 from loralib.sparse import (
@@ -124,6 +124,24 @@ def test_large_products_of_frozen_weights_take_onednn_without_a_graph_break() ->
     assert torch._dynamo.explain(layer)(x).graph_break_count == 0
     compiled = torch.compile(layer, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_product_of_every_kind(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(96, 256, dtype=dtype), torch.randn(256, 384, dtype=dtype).t()
+    biases = [
+        None,
+        torch.randn(384, dtype=dtype),
+        torch.randn(768, dtype=dtype)[::2],
+        torch.ones(1, dtype=dtype).expand(384),
+    ]
+    for bias in biases:
+        with torch.no_grad():
+            found = product(x, weight, bias)
+        torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=0.02, atol=1e-4)
+    x.requires_grad_()
+    product(x, weight).sum().backward()  # where gradients are recorded it has one
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=0.02, atol=0.5)
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -156,7 +156,7 @@ def test_operations_of_one_step(method: str, tmp_path: Path, monkeypatch: pytest
     assert not unwanted & {name.rpartition(".")[0] for name in counts}
 
 
-@pytest.mark.parametrize(("method", "exact"), {"lora": 1398, "adalora": 1479, "sora": 1440, "rm-lora": 1435}.items())
+@pytest.mark.parametrize(("method", "exact"), {"lora": 1398, "adalora": 1475, "sora": 1436, "rm-lora": 1435}.items())
 def test_bf16_adds_the_casts_of_activations_and_a_few_for_all_layers(
     method: str, exact: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +186,19 @@ def test_a_step_stays_on_its_device(method: str, benchmark: Any, monkeypatch: py
     for _ in range(3):
         contestant.step(benchmark.make_batch(settings), lambda part: None)
     assert {p.grad is None and p.device.type for p in contestant.trained} == {"meta"}
+
+
+def test_the_benchmark_counts_memory(benchmark: Any) -> None:
+    settings = benchmark.parse(["--device", "cpu"])
+    kept: list[Tensor] = []
+
+    class Known:
+        def step(self, batch: Any, mark: Any) -> None:
+            kept.append(torch.empty(3 * 2**20, dtype=torch.uint8))
+            torch.empty(5 * 2**20, dtype=torch.uint8)  # freed at once
+            kept.append(torch.empty(2**20, dtype=torch.uint8))
+
+    assert benchmark.peak_above(Known(), {}, settings) == 8 * 2**20
 
 
 def test_the_benchmark_compares_what_it_says(

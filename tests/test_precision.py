@@ -193,10 +193,4 @@ def test_gradient_checkpointing_changes_nothing(method: str, tmp_path: Path) -> 
         results.append(runs.result(run))
     for log in results[0]["history"] + results[1]["history"]:
         log.pop("total_flos", None)
-    if method == "adalora":  # a diagonal's gradient is summed in another order where layers work together
-        for a, b in zip(*(r["state"].values() for r in results), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-        for a, b in zip(*(r["history"] for r in results), strict=True):
-            assert a == pytest.approx(b, rel=1e-5)
-    else:
-        assert runs.differences(*results) == []
+    assert runs.differences(*results) == []

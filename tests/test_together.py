@@ -2,17 +2,24 @@
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
 from loralib.adapt import ROLES, adapt, adapted_layers
 from loralib.deberta import use_fast_attention
+from loralib.export import merge
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
+from loralib.together import work_alone, work_together
 
 KINDS = [LoRALinear, SVDLinear, GatedLinear]
 SIZES: dict[str, Any] = {
@@ -41,10 +48,8 @@ def deberta(kind: type[LoRALinear], **settings: Any) -> Any:
 def without(model: Any) -> Any:
     """A copy whose layers are left alone."""
     model = copy.deepcopy(model)
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [n for n, hook in hooks.items() if hook.__module__ == "loralib.together"]:
-                del hooks[number]
+    work_alone(model)
+    assert not any(h.__module__ == "loralib.together" for m in model.modules() for h in m._forward_pre_hooks.values())
     return model
 
 
@@ -62,22 +67,153 @@ def same(found: list[Tensor], reference: list[Tensor]) -> bool:
     return len(found) == len(reference) and all(map(torch.equal, found, reference))
 
 
+class Calls(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls(model: Any, dtype: torch.dtype | None = torch.bfloat16) -> Counter[str]:
+    with Calls() as found:
+        step(model, dtype)
+    return found.count
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_those_of_layers_left_alone(kind: type[LoRALinear], dtype: torch.dtype | None) -> None:
     model = deberta(kind, lora_dropout=0.1)
     plain = without(model)
     for _ in range(2):
-        found, reference = step(model, dtype), step(plain, dtype)
-        assert same(found, reference)
-        assert all((layer.kept is not None) == (dtype is not None) for _, layer in adapted_layers(model))
-        assert all(layer.kept is None for _, layer in adapted_layers(plain))
+        assert same(step(model, dtype), step(plain, dtype))
         assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
         with torch.no_grad():
             for a, b in zip(model.parameters(), plain.parameters(), strict=True):
                 if a.grad is not None:
                     a.sub_(0.01 * a.grad)
                     b.sub_(0.01 * b.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_saves_operations(kind: type[LoRALinear]) -> None:
+    model = deberta(kind)
+    together, alone = calls(model), calls(without(model))
+    # weight, bias, A and B of twelve layers; the gradients of their factors
+    assert alone["_to_copy"] - together["_to_copy"] == 12 * 6 and together["_foreach_copy_"] == 2
+    together, alone = calls(model, None), calls(without(model), None)
+    if kind is LoRALinear:
+        assert together == alone
+    else:  # matrices of two shapes in place of twelve; a product each way, and one for the diagonals' gradients
+        assert alone["mul"] - together["mul"] == 3 * (12 - 2)
+
+
+def test_a_layer_used_twice_sums_its_gradients_in_full_precision() -> None:
+    """DeBERTa's stock attention projects hidden states and positions by the same layers."""
+    torch.manual_seed(0)
+    attention = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **attention))
+    adapt(model, SVDLinear, list(ROLES), r=3, lora_alpha=6)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    model.train()
+    assert same(step(model), step(without(model)))
+
+
+def test_nothing_is_computed_for_frozen_factors() -> None:
+    model = deberta(SVDLinear)
+    for p in model.deberta.encoder.layer[0].parameters():
+        p.requires_grad = False
+    for _, layer in adapted_layers(model):
+        layer.lora_A.requires_grad = False
+    plain = without(model)
+    assert same(step(model), step(plain))
+    for name in ("mm", "addmm", "bmm"):
+        assert calls(model)[name] == calls(plain)[name]
+
+
+class Own(SVDLinear):
+    """A diagonal that hangs on what the forward was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.detach().float().mean()
+        return super().forward(x)
+
+    def diagonal(self) -> Tensor:
+        return self.lora_E.view(-1) * self.seen
+
+
+class Computed(GatedLinear):
+    """A diagonal that is computed, from parameters alone."""
+
+    def diagonal(self) -> Tensor:
+        return torch.sigmoid(self.lora_gate).view(-1)
+
+
+class Doubled(LoRALinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight + 2 * self.lora_B @ self.lora_A, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Own, Computed, Doubled])
+def test_variants_are_left_alone(kind: type[LoRALinear], dtype: torch.dtype | None) -> None:
+    for number in (0, 1):
+        torch.manual_seed(number)
+        model = deberta(kind)
+        assert same(step(model, dtype), step(without(model), dtype))
+
+
+def test_a_layer_with_a_hook_of_its_own_is_left_alone() -> None:
+    model = deberta(LoRALinear)
+    _, layer = next(adapted_layers(model))
+    prune.l1_unstructured(layer, "lora_A", amount=0.5)
+    step(model)
+    with torch.no_grad():
+        layer.lora_A_orig.mul_(3)
+    assert same(step(model), step(without_by_hand(model)))
+
+
+def without_by_hand(model: Any) -> Any:
+    """`without` for a model that cannot be copied."""
+    work_alone(model)
+    return model
+
+
+def test_another_precision_within_a_forward() -> None:
+    model = deberta(LoRALinear)
+    for each in (model, plain := without(model)):
+        dense = each.deberta.encoder.layer[1].output.dense
+        forward = dense.forward
+
+        def in_half(x: Tensor, forward: Any = forward) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.float16):
+                return forward(x)
+
+        def in_full(x: Tensor, forward: Any = each.deberta.encoder.layer[0].output.dense.forward) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return forward(x.float())
+
+        dense.forward = in_half
+        each.deberta.encoder.layer[0].output.dense.forward = in_full
+    assert same(step(model), step(plain))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, Computed])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_checkpointing_by_hand(kind: type[LoRALinear], dtype: torch.dtype | None) -> None:
+    """Nothing tells the layers that they will be computed again."""
+    model = deberta(kind)
+    reference = step(without(model), dtype)
+    for block in model.deberta.encoder.layer:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    assert same(step(model, dtype), reference)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -95,57 +231,80 @@ def in_place(layer: LoRALinear) -> None:
         layer.weight.mul_(2)
 
 
+def behind_autograd(layer: LoRALinear) -> None:
+    layer.weight.data.mul_(2)  # no version counter sees this
+
+
 def new_storage(layer: LoRALinear) -> None:
     layer.weight.data = layer.weight.data * 2
-
-
-def new_parameter(layer: LoRALinear) -> None:
-    layer.weight = nn.Parameter(layer.weight.data * 2, requires_grad=False)
 
 
 def loaded(layer: LoRALinear) -> None:
     layer.load_state_dict(layer.state_dict() | {"weight": layer.weight * 2})
 
 
-def behind_autograd(layer: LoRALinear) -> None:
-    layer.eval()
-    layer.weight.data.mul_(2)  # no version counter sees this
-    layer.train()
-
-
-@pytest.mark.parametrize("change", [in_place, new_storage, new_parameter, loaded, behind_autograd])
-def test_a_kept_weight_follows_its_layer(change: Callable[[LoRALinear], None]) -> None:
+@pytest.mark.parametrize("change", [in_place, behind_autograd, new_storage, loaded])
+def test_frozen_weights_are_those_of_now(change: Callable[[LoRALinear], None]) -> None:
     model = deberta(LoRALinear)
-    step(model)
+    before = step(model)
     _, layer = next(adapted_layers(model))
-    kept = layer.kept
-    step(model)
-    assert kept is not None and layer.kept is kept  # not cast again
     change(layer)
-    assert same(step(model), step(without(model)))
-    assert layer.kept is not kept
+    after = step(model)
+    assert same(after, step(without(model))) and not same(after, before)
 
 
-def test_nothing_is_left_after_a_forward_not_even_a_failed_one() -> None:
-    model = deberta(LoRALinear)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_forward(error: type[BaseException]) -> None:
+    model = deberta(SVDLinear)
     step(model)
     layers = [layer for _, layer in adapted_layers(model)]
     assert all(layer.prepared is None for layer in layers)
-    layers[-1].forward = None  # type: ignore[method-assign, assignment]
-    with pytest.raises(TypeError), torch.autocast("cpu", dtype=torch.bfloat16):
-        model(**BATCH)
-    assert all(layer.prepared is None for layer in layers)
 
+    def fail(x: Tensor) -> Tensor:
+        raise error
 
-def test_evaluation_keeps_nothing() -> None:
-    model = deberta(LoRALinear)
-    step(model)
-    layers = [layer for _, layer in adapted_layers(model)]
-    assert all(layer.kept is not None for layer in layers)
+    model.deberta.encoder.layer[0].output.dense.forward = fail
+    with pytest.raises(error):
+        step(model)
     model.eval()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    assert all(layer.prepared is None for layer in layers)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_mode_without_gradients(off: Any) -> None:
+    model = deberta(SVDLinear)
+    reference = step(without(model))
+    with off(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(**BATCH)
-    assert all(layer.kept is None for layer in layers)
+    assert same(step(model), reference)
+
+
+def test_gradients_switched_on_within_a_forward() -> None:
+    model = deberta(SVDLinear)
+    dense = model.deberta.encoder.layer[0].output.dense
+    forward, outputs = dense.forward, []
+
+    def recorded(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            outputs.append(forward(x))
+        return outputs[-1].detach()
+
+    dense.forward = recorded
+    with torch.no_grad():
+        model(**BATCH)
+    outputs[0].sum().backward()
+    assert all(p.grad is not None for p in (dense.lora_A, dense.lora_B, dense.lora_E))
+
+
+def test_hooks_neither_pile_up_nor_stay() -> None:
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES))
+    for _ in range(2):
+        adapt(model, LoRALinear, list(ROLES), r=3, lora_alpha=6)
+        work_together(model)
+        assert len(model.deberta._forward_pre_hooks) == len(model.deberta._forward_hooks) == 1
+        merge(model)
+        assert not model.deberta._forward_pre_hooks and not model.deberta._forward_hooks
+        assert not model.deberta._forward_hooks_always_called
 
 
 def test_a_model_goes_round_pickle_and_deepcopy() -> None:
@@ -174,7 +333,6 @@ def replica(model: nn.Module) -> nn.Module:
 def test_a_replica_of_data_parallel() -> None:
     model = deberta(SVDLinear)
     reference = step(model)
-    kept = [layer.kept for _, layer in adapted_layers(model)]
     for _ in range(2):
         torch.manual_seed(1)
         model.zero_grad()
@@ -183,34 +341,24 @@ def test_a_replica_of_data_parallel() -> None:
         logits.float().square().sum().backward()
         assert same([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], reference)
     assert all(layer.prepared is None for _, layer in adapted_layers(model))
-    assert [layer.kept for _, layer in adapted_layers(model)] == kept
 
 
 def test_layers_that_take_no_part_and_weights_that_train() -> None:
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**SIZES))
     adapt(model, SVDLinear, list(ROLES), r=3, lora_alpha=6)
-    model.bert.encoder.layer = model.bert.encoder.layer[:]  # the same layers, in a list that we shorten below
+    model.bert.encoder.layer = model.bert.encoder.layer[:]
     model.bert.unused = nn.ModuleList([copy.deepcopy(model.bert.encoder.layer[0])])
     _, layer = next(adapted_layers(model))
     layer.weight.requires_grad = layer.bias.requires_grad = True
     model.train()
     found = step(model)
     assert same(found, step(without(model)))
-    assert layer.weight.grad is not None and layer.kept is None
+    assert layer.weight.grad is not None
     assert all(p.grad is None for p in model.bert.unused.parameters())
 
 
-def test_a_variant_may_ignore_it() -> None:
-    class Doubled(LoRALinear):
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight + 2 * self.lora_B @ self.lora_A, self.bias)
-
-    model = deberta(Doubled)
-    assert same(step(model), step(without(model)))
-
-
-def test_compiled_layers_are_left_alone() -> None:
+def test_compiled_forwards() -> None:
     model = deberta(LoRALinear)
     model.config.hidden_dropout_prob = 0.0
     for module in model.modules():
@@ -219,10 +367,21 @@ def test_compiled_layers_are_left_alone() -> None:
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
     reference = step(model)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
     compiled = copy.deepcopy(model)
     compiled.deberta.forward = torch.compile(compiled.deberta.forward, backend="aot_eager", fullgraph=True)
     whole = copy.deepcopy(model)
-    whole.forward = torch.compile(whole.forward, backend="aot_eager", fullgraph=True)
+    whole.forward = torch.compile(whole.forward, backend=backend, fullgraph=True)
     for each in (compiled, whole):
         for found, wanted in zip(step(each), reference, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    names = {
+        str(node.target) for graph in graphs for m in graph.modules() for node in getattr(m, "graph", graph.graph).nodes
+    }
+    assert any("linear" in name or "addmm" in name for name in names), names
+    assert not any("foreach_copy" in name for name in names), names
