@@ -27,6 +27,8 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from transformers import TrainerCallback
 
+from loralib.together import work_alone
+
 LOW_RANK = [m for m in runs.METHODS if m != "full"]
 TRAIN = runs.rows(43)
 
@@ -121,6 +123,21 @@ def check_half_precision_follows_float32(folder: str) -> str:
             run.train()
             worst = max(worst, *(abs(a - b) for a, b in zip(losses(full), losses(run), strict=True)))
             assert worst < 0.1, (method, half, losses(full), losses(run))
+    return f"largest difference of a logged loss: {worst:.2g}"
+
+
+@one_gpu
+def check_layers_together(folder: str) -> str:
+    """What layers prepare together is what each prepares alone, to the rounding of sums."""
+    worst = 0.0
+    for method in LOW_RANK:
+        for half in ({}, {"bf16": True}, {"fp16": True}):
+            both = [make(method, folder, dropout=0.0, **half) for _ in range(2)]
+            work_alone(both[1].model)
+            for run in both:
+                run.train()
+            worst = max(worst, *(abs(a - b) for a, b in zip(*map(losses, both), strict=True)))
+            assert worst < 1e-4, (method, half, *map(losses, both))
     return f"largest difference of a logged loss: {worst:.2g}"
 
 
@@ -240,6 +257,7 @@ def main() -> int:
     checks = [
         check_fp16_trains_and_skipped_steps_change_nothing,
         check_half_precision_follows_float32,
+        check_layers_together,
         check_resume,
         check_no_synchronisation_between_logs,
         check_processes,
