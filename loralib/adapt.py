@@ -76,8 +76,9 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
 def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **settings: Any) -> list[str]:
     """Replace linear layers by adapted ones and freeze the rest of the backbone (ledger L1).
 
-    Afterwards the new factors and the head train, nothing else. Call it after `from_pretrained` (models are built
-    there without storage, which would lose the factors' values).
+    Afterwards the new factors and the head train, nothing else. Call it after `from_pretrained` (models are built there
+    without storage, which would lose the factors' values). Hooks on the model's children let its layers work together
+    (loralib/together.py, which can take them away).
 
     Args:
         model: a transformers model with a head.

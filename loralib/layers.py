@@ -112,6 +112,8 @@ class ScaledRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         there = [i for i, g in enumerate(grads) if g is not None]
+        if not there:
+            return (None,) * (2 * len(grads))
         A, d = (ctx.A, ctx.d) if len(there) == len(grads) else (ctx.A[there], ctx.d[there])
         g = torch.stack([g for g in grads if g is not None])
         found: list[Tensor | None] = [None] * (2 * len(grads))

@@ -1,9 +1,9 @@
 """What every adapted layer needs in a forward, computed for all layers at once.
 
 Left alone, each layer multiplies its diagonal into A, and under autocast casts weight, bias and factors; autograd then
-does the same for each gradient. On twelve layers these are about 200 operations of a step of AdaLoRA or SoRA, and 430
-more under autocast, where LoRA has 1,400 besides. Here matrices of one shape are multiplied together, and everything is
-cast together, as are the gradients. The arithmetic is the same.
+does the same for each gradient. In a step of a model of twelve layers, about 1,300 operations, these are 200 more for
+AdaLoRA and SoRA, and another 430 under autocast. Here matrices of one shape are multiplied together, everything is cast
+together, and so are the gradients: some 20 operations. The arithmetic is the same.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralib.layers import LoRALinear, ScaledRows, autocast_dtype
+from loralib.layers import GatedLinear, LoRALinear, ScaledRows, SVDLinear, autocast_dtype
 
 
 def work_together(model: nn.Module) -> None:
     """Let the parts of `model` that hold adapted layers prepare these before each of their forwards in training.
 
     The hooks are on the children and not on `model` itself: accelerate opens autocast inside the forward of that one.
-    Left alone are layers in evaluation, layers that torch.compile sees, layers with a forward or forward pre-hooks of
-    their own, and diagonals that are computed: these may depend on what happens during the forward.
+    Layers prepare themselves in evaluation; under torch.compile, which merges operations itself; under transformers'
+    gradient checkpointing, which is to save memory; and where somebody else may have a say during the forward: a layer
+    with a `forward` or `diagonal` of its own, a forward pre-hook anywhere. A forward that changes factors in another
+    way needs `work_alone`.
     """
     for child in model.children():
         adapted = sum(isinstance(m, LoRALinear) for m in child.modules())
@@ -31,7 +33,10 @@ def work_together(model: nn.Module) -> None:
 
 
 def work_alone(model: nn.Module) -> None:
-    """Take the hooks of `work_together` away."""
+    """Undo `work_together`: each layer prepares itself, the one before the next, and frees it after its backward.
+
+    For checkpointing by hand, which otherwise saves less memory, or fails where it chooses operations.
+    """
     for module in model.modules():
         hooks: Any
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -41,22 +46,25 @@ def work_alone(model: nn.Module) -> None:
 
 
 def _prepare(module: Any, args: Any) -> None:
-    if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling():
         return
-    layers = [m for m in module.modules() if type(m).forward is LoRALinear.forward and not m._forward_pre_hooks]
-    diagonals = [layer.diagonal() for layer in layers]
-    adapted = [
-        (layer, d)
-        for layer, d in zip(layers, diagonals, strict=True)
-        if (layer.weight.device, layer.weight.dtype) == (layers[0].weight.device, layers[0].weight.dtype)
-        and (d is None or d.is_leaf or (d._base is not None and d._base.is_leaf))
-    ]
-    if not adapted:
+    _forget(module, args, None)  # of a forward that was interrupted
+    if not (module.training and torch.is_grad_enabled()):
+        return
+    layers: list[LoRALinear] = []
+    for m in module.modules():
+        if getattr(m, "gradient_checkpointing", False) or any(h is not _prepare for h in m._forward_pre_hooks.values()):
+            return
+        if isinstance(m, LoRALinear) and _is_stock(m):
+            layers.append(m)
+    kinds = [{(t.device, t.dtype) for t in (layer.weight, layer.lora_A, layer.lora_B)} for layer in layers]
+    layers = [layer for layer, kind in zip(layers, kinds, strict=True) if kind == kinds[0] and len(kind) == 1]
+    if not layers:
         return
 
     shapes: dict[torch.Size, list[tuple[LoRALinear, Tensor]]] = {}
-    for layer, d in adapted:
-        if d is not None:
+    for layer in layers:
+        if (d := layer.diagonal()) is not None:
             shapes.setdefault(layer.lora_A.shape, []).append((layer, d))
     rows: dict[LoRALinear, Tensor] = {}
     for group in shapes.values():
@@ -64,14 +72,22 @@ def _prepare(module: Any, args: Any) -> None:
         rows.update(zip((layer for layer, _ in group), scaled, strict=True))
 
     dtype = autocast_dtype(layers[0].weight)
-    layers = list(rows) if dtype is None else [layer for layer, _ in adapted]
+    if dtype is None:
+        layers = list(rows)
     parts = [[layer.weight, layer.bias, rows.get(layer, layer.lora_A), layer.lora_B] for layer in layers]
-    if dtype is not None:
+    if dtype is not None and dtype != layers[0].weight.dtype:
         cast = iter(_Cast.apply(dtype, *(t for own in parts for t in own if t is not None)))
         parts = [[None if t is None else next(cast) for t in own] for own in parts]
     module.prepared_layers = layers
     for layer, own in zip(layers, parts, strict=True):
         layer.prepared = dtype, own
+
+
+def _is_stock(layer: LoRALinear) -> bool:
+    """Whether nothing but parameters decides what the layer computes with."""
+    own_forward = getattr(layer.forward, "__func__", None) is not LoRALinear.forward
+    own_diagonal = type(layer).diagonal not in (LoRALinear.diagonal, SVDLinear.diagonal, GatedLinear.diagonal)
+    return not (own_forward or own_diagonal or hasattr(layer, "parametrizations"))
 
 
 def _forget(module: Any, args: Any, output: Any) -> None:

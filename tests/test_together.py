@@ -5,12 +5,12 @@ import pickle
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
@@ -156,53 +156,118 @@ class Computed(GatedLinear):
         return torch.sigmoid(self.lora_gate).view(-1)
 
 
+class Level(LoRALinear):
+    """A diagonal without parameters that is set during the forward, as DyLoRA's ranks."""
+
+    level = 3
+
+    def diagonal(self) -> Tensor:
+        return (torch.arange(self.r) < self.level).float()
+
+
+class Routed(SVDLinear):
+    """A diagonal that is a view of a parameter, chosen during the forward."""
+
+    level = 1
+
+    def add_parameters(self, **like: Any) -> None:
+        super().add_parameters(**like)
+        self.lora_T = nn.Parameter(torch.ones(5, self.r, **like))
+
+    def diagonal(self) -> Tensor:
+        return self.lora_T[self.level]
+
+
 class Doubled(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight + 2 * self.lora_B @ self.lora_A, self.bias)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", [Own, Computed, Doubled])
+@pytest.mark.parametrize("kind", [Own, Computed, Doubled, Level, Routed])
 def test_variants_are_left_alone(kind: type[LoRALinear], dtype: torch.dtype | None) -> None:
-    for number in (0, 1):
-        torch.manual_seed(number)
-        model = deberta(kind)
-        assert same(step(model, dtype), step(without(model), dtype))
+    model = deberta(kind)
+    for each in (model, plain := without(model)):
+        output = each.deberta.encoder.layer[0].output
+        forward, level = output.forward, count(1)
+
+        def leveled(*args: Any, output: Any = output, forward: Any = forward, level: Any = level) -> Tensor:
+            output.dense.level = next(level)
+            return forward(*args)
+
+        output.forward = leveled
+    for _ in range(2):
+        assert same(step(model, dtype), step(plain, dtype))
 
 
-def test_a_layer_with_a_hook_of_its_own_is_left_alone() -> None:
-    model = deberta(LoRALinear)
-    _, layer = next(adapted_layers(model))
-    prune.l1_unstructured(layer, "lora_A", amount=0.5)
-    step(model)
+def change_factors(module: Any, args: Any) -> None:
     with torch.no_grad():
-        layer.lora_A_orig.mul_(3)
-    assert same(step(model), step(without_by_hand(model)))
+        for _, layer in adapted_layers(module):
+            layer.lora_A.mul_(1.5)
 
 
-def without_by_hand(model: Any) -> Any:
-    """`without` for a model that cannot be copied."""
-    work_alone(model)
-    return model
+@pytest.mark.parametrize("place", ["deberta", "deberta.encoder.layer.1", "deberta.encoder.layer.1.output.dense"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_forward_hook_may_change_factors(place: str, dtype: torch.dtype | None) -> None:
+    model = deberta(SVDLinear)
+    for each in (model, plain := without(model)):
+        each.get_submodule(place).register_forward_pre_hook(change_factors)
+    for _ in range(2):
+        assert same(step(model, dtype), step(plain, dtype))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone() -> None:
+    model = deberta(LoRALinear)
+    for each in (model, plain := without(model)):
+        dense = each.deberta.encoder.layer[1].output.dense
+
+        def noisy(x: Tensor, dense: Any = dense, forward: Any = dense.forward) -> Tensor:
+            change_factors(dense, x)
+            return forward(x)
+
+        dense.forward = noisy
+    for _ in range(2):
+        assert same(step(model), step(plain))
 
 
 def test_another_precision_within_a_forward() -> None:
     model = deberta(LoRALinear)
     for each in (model, plain := without(model)):
-        dense = each.deberta.encoder.layer[1].output.dense
-        forward = dense.forward
+        for block, settings in zip(
+            each.deberta.encoder.layer, ({"dtype": torch.float16}, {"enabled": False}), strict=True
+        ):
 
-        def in_half(x: Tensor, forward: Any = forward) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.float16):
-                return forward(x)
+            def other(x: Tensor, residual: Tensor, forward: Any = block.output.forward, how: Any = settings) -> Tensor:
+                with torch.autocast("cpu", **how):
+                    return forward(x.float(), residual)
 
-        def in_full(x: Tensor, forward: Any = each.deberta.encoder.layer[0].output.dense.forward) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
-                return forward(x.float())
-
-        dense.forward = in_half
-        each.deberta.encoder.layer[0].output.dense.forward = in_full
+            block.output.forward = other
     assert same(step(model), step(plain))
+
+
+def test_factors_of_another_precision_than_the_weights() -> None:
+    model = deberta(SVDLinear)
+    for _, layer in adapted_layers(model):
+        layer.weight.data = layer.weight.data.half()
+    assert same(step(model), step(without(model)))
+
+
+def test_matrices_of_one_shape_that_take_no_part() -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(5, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x))
+            return y
+
+    model = nn.Sequential(Body())
+    adapt(model, SVDLinear, ["all-linear"], r=3, lora_alpha=6)
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+            model(torch.randn(4, 8)).float().sum().backward()
+    assert model[0].unused.lora_A.grad is None and model[0].a.lora_A.grad is not None
 
 
 @pytest.mark.parametrize("kind", [*KINDS, Computed])
@@ -224,6 +289,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     if reentrant:
         model.enable_input_require_grads()
     assert same(step(model), reference)
+    assert calls(model)["_foreach_copy_"] == 0  # each layer's copies live as long as the layer needs them
 
 
 def in_place(layer: LoRALinear) -> None:
@@ -260,14 +326,29 @@ def test_nothing_is_left_of_a_forward(error: type[BaseException]) -> None:
     layers = [layer for _, layer in adapted_layers(model)]
     assert all(layer.prepared is None for layer in layers)
 
-    def fail(x: Tensor) -> Tensor:
+    def fail(*args: Any) -> Tensor:
         raise error
 
-    model.deberta.encoder.layer[0].output.dense.forward = fail
+    block = model.deberta.encoder.layer[0].output
+    forward, block.forward = block.forward, fail
     with pytest.raises(error):
         step(model)
+    assert (layers[-1].prepared is None) == (error is RuntimeError)  # no hook runs after an interrupt
     model.eval()
     assert all(layer.prepared is None for layer in layers)
+    model.train()
+    with pytest.raises(error):
+        step(model)
+    block.forward = forward
+    outputs = []
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # still in training mode
+        for layer in layers:
+            layer.lora_A.mul_(2)
+        for _ in range(2):
+            torch.manual_seed(1)
+            outputs.append(model(**BATCH).logits)
+            work_alone(model)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
@@ -281,19 +362,19 @@ def test_training_mode_without_gradients(off: Any) -> None:
 
 def test_gradients_switched_on_within_a_forward() -> None:
     model = deberta(SVDLinear)
-    dense = model.deberta.encoder.layer[0].output.dense
-    forward, outputs = dense.forward, []
+    output = model.deberta.encoder.layer[0].output
+    forward, outputs = output.forward, []
 
-    def recorded(x: Tensor) -> Tensor:
+    def recorded(*args: Any) -> Tensor:
         with torch.enable_grad():
-            outputs.append(forward(x))
+            outputs.append(forward(*args))
         return outputs[-1].detach()
 
-    dense.forward = recorded
+    output.forward = recorded
     with torch.no_grad():
         model(**BATCH)
-    outputs[0].sum().backward()
-    assert all(p.grad is not None for p in (dense.lora_A, dense.lora_B, dense.lora_E))
+    (outputs[0] ** 2).sum().backward()
+    assert all(p.grad is not None for p in (output.dense.lora_A, output.dense.lora_B, output.dense.lora_E))
 
 
 def test_hooks_neither_pile_up_nor_stay() -> None:
