@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -286,18 +287,39 @@ def test_ledger_ids_in_the_code_exist() -> None:
 # ---- measured numbers ----
 
 
-def test_the_table_of_speed_is_that_of_its_file() -> None:
+def results(name: str) -> Any:
+    return json.loads((ROOT / "scripts" / "results" / name).read_text())
+
+
+def test_the_numbers_of_speed_are_those_of_their_files() -> None:
     text = (ROOT / "README.md").read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
-    record = json.loads((ROOT / "scripts" / "results" / "cpu-base-8x128.json").read_text())
+    record = results("cpu-base-8x128.json")
     for name, r in record["records"][0]["results"].items():
         numbers = [f"{r[key]:.2f}" for key in ("step_s", "ratio_to_peft", "ratio_to_frozen")]
-        assert f"| {' | '.join([name, *numbers, format(r['operations'], ',')])} |" in text
+        numbers += [f"{r['operations']:,}", f"{r['peak_memory_bytes'] / 1e6:,.0f}"]
+        assert f"| {' | '.join([name, *numbers])} |" in text
     assert all(record["machine"][key] in text for key in ("date", "cpu", "torch", "transformers", "peft"))
     assert record["machine"]["command"].replace("'", '"') in text
-    padding = json.loads((ROOT / "scripts" / "results" / "cpu-xsmall-mrpc-padding.json").read_text())
-    steps = {name: r["step_s"] for name, r in padding["records"][0]["results"].items()}
+    words = " ".join(text.split())
+    four, half = (
+        results(f"cpu-base-{name}.json")["records"][0]["results"] for name in ("4-layers-8x128", "8x128-bf16")
+    )
+    ratios = [f"{r[name]['ratio_to_peft']:.2f}" for r in (four, half) for name in ("lora", "adalora")]
+    assert f"LoRA takes {ratios[0]} of PEFT's LoRA and AdaLoRA {ratios[1]} of PEFT's AdaLoRA" in words
+    assert f"`--dtype bf16` {ratios[2]} and {ratios[3]}" in words
+    for name in ("lora", "adalora"):
+        ours, theirs = half[name]["operations"], half[f"peft {name}"]["operations"]
+        assert f"{ours:,} operations, PEFT's {theirs:,}" in words or f"{ours:,}, PEFT's {theirs:,}" in words
+    epoch = results("cpu-xsmall-mrpc-epoch.json")["runs"]
     for way in ("unpadded", "longest"):
-        assert f"{steps[f'lora/{way}'] / steps['lora']:.2f}" in text
+        assert f"{epoch[way]['train_runtime_s'] / epoch['fixed']['train_runtime_s']:.2f}" in words
+    for task, ways in results("padding-five-seeds.json")["tasks"].items():
+        cells = []
+        for way in ("fixed", "longest", "grouped"):
+            accuracies = [100 * run["eval_accuracy"] for run in ways[way]["runs"]]
+            assert len(accuracies) == 5
+            cells.append(f"{statistics.mean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}")
+        assert f"| {task.upper()} | {' | '.join(cells)} |" in text
 
 
 # ---- links and shown code ----
