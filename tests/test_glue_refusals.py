@@ -229,6 +229,16 @@ def test_any_bytes_are_read_or_refused(tmp_path, content, suffix, task):
         assert re.fullmatch(r".*train\.\w+.*", str(error))
 
 
+@pytest.mark.parametrize("bad", ["sentence1", "label"])
+def test_text_that_is_not_utf8_is_refused(tmp_path, bad):
+    rows = [{**row, "label": "yes" if row["label"] else "no"} for row in GOOD]
+    folder = folder_of(tmp_path / "pairs", train=[{**row, bad: f"{row[bad]}@@@@"} for row in rows])
+    path = tmp_path / "pairs" / "train-00000-of-00001.parquet"
+    assert path.read_bytes().count(b"@@@@") > 1
+    path.write_bytes(path.read_bytes().replace(b"@@@@", b"@\x80@@"))
+    refused("split train", "UTF8", dataset_name=folder)
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_parquet_is_read_or_refused(tmp_path, data):

@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow
 from datasets import ClassLabel, Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -101,6 +102,13 @@ def load(
             )
 
     raw = {split: read() for split, read in splits.items() if wanted[_kind(split)]}
+    for split, dataset in raw.items():
+        try:
+            dataset.data.validate(full=True)  # also that texts are UTF-8, which reading a file does not look at
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(
+                f"{source}, split {split}, is damaged ({brief(error)}): write it anew, with texts in UTF-8."
+            ) from error
     task = named or _recognise(splits, raw, candidate, source)
     rows = {}
     for split, dataset in raw.items():
