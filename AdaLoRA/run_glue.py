@@ -87,7 +87,7 @@ class AdaLoRAArguments(LoRAArguments):
         ):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
+                raise InputError(f"{name} is {value}, it must be {least} or more.")
         if self.target_rank is not None and not 1 <= self.target_rank < self.lora_r:
             raise InputError(
                 f"target_rank is {self.target_rank}, it must lie in 1 to {self.lora_r - 1}, below lora_r = "

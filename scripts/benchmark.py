@@ -45,7 +45,7 @@ from loralib.adapt import ROLES, adapt, factors
 from loralib.allocator import RankAllocator
 from loralib.deberta import unpad, use_fast_attention
 from loralib.errors import InputError
-from loralib.layers import GatedLinear, LoRALinear, SVDLinear, product
+from loralib.layers import GatedLinear, LoRALinear, SVDLinear, autocast_dtype, product
 from loralib.masking import RandomMask
 from loralib.regularizer import svd_penalty
 from loralib.sparse import SparseAdamW, gate_l1, gates
@@ -89,7 +89,7 @@ class FrozenLinear(nn.Linear):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x) is not None:
             return super().forward(x)
         return product(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
 

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
@@ -50,6 +52,18 @@ class Padder:
         ids = [f["input_ids"] + [0] * (longest - len(f["input_ids"])) for f in features]
         batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(ids).ne(0).long()}
         return batch | {"labels": torch.tensor([f["labels"] for f in features])}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that reach the device, by name without overload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def rows(count: int, fixed_length: int | None = None) -> list[dict[str, Any]]:

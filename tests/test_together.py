@@ -9,9 +9,9 @@ from itertools import count
 from typing import Any
 
 import pytest
+import runs
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
@@ -32,12 +32,13 @@ SIZES: dict[str, Any] = {
 BATCH = {"input_ids": torch.arange(1, 21).view(2, 10)}
 
 
-def deberta(kind: type[LoRALinear], **settings: Any) -> Any:
-    """An adapted model, no factor of which is zero."""
+def deberta(kind: type[LoRALinear], stock: bool = False, **settings: Any) -> Any:
+    """An adapted model, no factor of which is zero. stock: attention as released, its positions by the same layers."""
     torch.manual_seed(0)
     attention = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
-    model = DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **attention))
-    use_fast_attention(model)
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **attention, share_att_key=stock))
+    if not stock:
+        use_fast_attention(model)
     adapt(model, kind, list(ROLES), r=3, lora_alpha=6, **settings)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -67,20 +68,8 @@ def same(found: list[Tensor], reference: list[Tensor]) -> bool:
     return len(found) == len(reference) and all(map(torch.equal, found, reference))
 
 
-class Calls(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def calls(model: Any, dtype: torch.dtype | None = torch.bfloat16) -> Counter[str]:
-    with Calls() as found:
+    with runs.Calls() as found:
         step(model, dtype)
     return found.count
 
@@ -115,14 +104,7 @@ def test_it_saves_operations(kind: type[LoRALinear]) -> None:
 
 def test_a_layer_used_twice_sums_its_gradients_in_full_precision() -> None:
     """DeBERTa's stock attention projects hidden states and positions by the same layers."""
-    torch.manual_seed(0)
-    attention = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
-    model = DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **attention))
-    adapt(model, SVDLinear, list(ROLES), r=3, lora_alpha=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
-    model.train()
+    model = deberta(SVDLinear, stock=True)
     assert same(step(model), step(without(model)))
 
 
@@ -428,7 +410,6 @@ def test_layers_that_take_no_part_and_weights_that_train() -> None:
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**SIZES))
     adapt(model, SVDLinear, list(ROLES), r=3, lora_alpha=6)
-    model.bert.encoder.layer = model.bert.encoder.layer[:]
     model.bert.unused = nn.ModuleList([copy.deepcopy(model.bert.encoder.layer[0])])
     _, layer = next(adapted_layers(model))
     layer.weight.requires_grad = layer.bias.requires_grad = True
@@ -441,7 +422,6 @@ def test_layers_that_take_no_part_and_weights_that_train() -> None:
 
 def test_compiled_forwards() -> None:
     model = deberta(LoRALinear)
-    model.config.hidden_dropout_prob = 0.0
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
