@@ -21,9 +21,10 @@ _ONEDNN_FROM = 2**21  # multiplications; below, its call costs more than it save
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for x (n, in), weight (out, in) and bias (out,), by the fastest kernel at hand.
 
-    oneDNN's has no derivative: where gradients are recorded it stays out.
+    oneDNN's has no derivative: where gradients are recorded it stays out, and under torch.compile, whose code generator
+    takes it for constant weights alone.
     """
-    large = x.shape[0] * weight.numel() >= _ONEDNN_FROM
+    large = x.shape[0] * weight.numel() >= _ONEDNN_FROM and not torch.compiler.is_compiling()
     if large and _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled():
         bias = None if bias is None else bias.contiguous()  # its strides are not looked at
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

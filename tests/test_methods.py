@@ -3,6 +3,7 @@
 import copy
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import runs
@@ -114,8 +115,15 @@ def test_large_products_of_frozen_weights_take_onednn_without_a_graph_break() ->
             layer(x[:10])
     assert calls.count["_linear_pointwise"] == 2  # forward and gradient of x, both large
     assert torch._dynamo.explain(layer)(x).graph_break_count == 0
-    compiled = torch.compile(layer, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+    compiled, targets = torch.compile(layer, backend=lambda graph, _: seen(graph)), []
+
+    def seen(graph: Any) -> Any:
+        targets.extend(str(node.target) for m in graph.modules() for node in getattr(m, "graph", graph.graph).nodes)
+        return graph
+
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-5)
+    # inductor fails on it where the weight is no constant
+    assert targets and not any("_linear_pointwise" in target for target in targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
