@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loralib.errors import InputError
-from loralib.glue.data import load, tokenize
+from loralib.glue.data import load
 from loralib.glue.files import read_file
 from loralib.glue.tasks import GLUE
+from loralib.glue.tokens import tokenize
 
 GOOD = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i % 2} for i in range(6)]
 

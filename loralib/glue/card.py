@@ -3,13 +3,12 @@
 import json
 import logging
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from loralib.errors import InputError, RunError
 from loralib.export import ADAPTER_CONFIG, ADAPTER_FILE
-from loralib.glue.report import RUN_FILE
+from loralib.glue.record import RUN_FILE, without_tokens
 from loralib.glue.tasks import GLUE
 
 logger = logging.getLogger(__name__)
@@ -128,18 +127,6 @@ def card_text(run: dict[str, Any]) -> str:
             "```",
         ]
     return "\n".join(lines) + "\n"
-
-
-def without_tokens(command: Sequence[str]) -> list[str]:
-    """A command line with the values of `--token`, `--hub_token` and the like replaced by `...`."""
-    shown: list[str] = []
-    hide = False
-    for word in command:
-        name, equals, _ = word.partition("=")
-        secret = name.startswith("--") and name.endswith("token")
-        shown.append("..." if hide else f"{name}=..." if secret and equals else word)
-        hide = secret and not equals
-    return shown
 
 
 # ---- hub ----

@@ -6,14 +6,18 @@ The last stage is the run itself. Each stage has its own optimizer, warm-up and 
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from loralib.checkpoint import last_checkpoint
 from loralib.export import load_adapter
-from loralib.glue.flow import Run, clear_output_dir, logger
-from loralib.glue.report import RUN_FILE
+from loralib.glue.folder import clear_output_dir
+from loralib.glue.record import RUN_FILE
+from loralib.glue.run import Run
 from loralib.trainer import LoRATrainer
+
+logger = logging.getLogger(__name__)
 
 
 def start_stage(run: Run, number: int, epochs: float | None) -> Run:

@@ -1,7 +1,5 @@
-"""The record of a run: `run.json` in its output folder. Tables and figures are made from such files alone."""
+"""What a result depends on beside its flags: versions, devices, commit."""
 
-import json
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -9,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-RUN_FILE = "run.json"
-RUN_VERSION = 1
 
 
 def versions() -> dict[str, str]:
@@ -45,11 +40,3 @@ def git_commit() -> str | None:
         return (git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")) or None
     except (OSError, subprocess.TimeoutExpired):
         return None
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, path)

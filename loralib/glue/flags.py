@@ -1,0 +1,209 @@
+"""The flags that all entry points share, as dataclasses; each refuses values that cannot work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DynamoBackend
+from transformers import TrainingArguments
+
+from loralib.errors import InputError
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field that becomes a flag with a help text."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """Which pretrained model."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "Folder of a pretrained model, or its name on the hub."})
+    config_name: str | None = flag(None, "Config, if it is not that of the model.")
+    tokenizer_name: str | None = flag(None, "Tokenizer, if it is not that of the model.")
+    cache_dir: str | None = flag(None, "Where downloads from the hub are kept.")
+    use_fast_tokenizer: bool = flag(True, "Use the fast tokenizer where the model has one.")
+    model_revision: str = flag("main", "Branch, tag or commit of the model on the hub.")
+    token: str | None = flag(None, "Access token for the hub.")
+    trust_remote_code: bool = flag(False, "Run code that comes with the model. Off: only models of transformers.")
+    ignore_mismatched_sizes: bool = flag(False, "Start a head of another size anew instead of refusing the model.")
+    cls_dropout: float | None = flag(None, "Dropout before the classifier; the model's own where not given.")
+    attention: str = flag(
+        "fast",
+        "DeBERTa's attention: 'fast' computes what the 'stock' code does with less work.",
+        choices=["fast", "stock"],
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data."""
+
+    _argument_group_name = "data"
+
+    task_name: str | None = flag(None, "GLUE task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli, ax.")
+    dataset_name: str | None = flag(None, "Folder with the data, or a data set's name on the hub.")
+    dataset_config_name: str | None = flag(None, "Configuration of the data set on the hub.")
+    max_seq_length: int = flag(128, "Longer rows are cut to this many tokens.")
+    pad_to_max_length: bool = flag(True, "Pad every row to max_seq_length; False: to the longest row of its batch.")
+    padding: str | None = flag(
+        None,
+        "fixed: every row to max_seq_length; longest: to the longest row of its batch, rounded up to 8; unpadded: as "
+        "longest, and DeBERTa computes real tokens only outside of its attention. Default: fixed, or longest with "
+        "--pad_to_max_length False.",
+        choices=["fixed", "longest", "unpadded"],
+    )
+    overwrite_cache: bool = flag(False, "Tokenise anew even where a cached result exists.")
+    max_train_samples: int | None = flag(None, "Use only this many rows for training.")
+    max_eval_samples: int | None = flag(None, "Use only this many rows for evaluation.")
+    max_predict_samples: int | None = flag(None, "Use only this many rows for prediction.")
+    train_file: str | None = flag(None, "Training rows as csv, tsv, json, jsonl or parquet.")
+    validation_file: str | None = flag(None, "Validation rows, same format.")
+    test_file: str | None = flag(None, "Test rows, same format.")
+    heldout_split: int | None = flag(
+        None, "Seed: split the validation rows in halves, one to choose by (eval_*) and one to report (heldout_*)."
+    )
+    glue_submission: str | None = flag(None, "Folder for files as the GLUE server wants them (with --do_predict).")
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 1:
+            raise InputError(f"max_seq_length is {self.max_seq_length}, it must be 1 or more.")
+        if self.heldout_split is not None and self.heldout_split < 0:
+            raise InputError(f"heldout_split is {self.heldout_split}, the seed of the split: it must be 0 or more.")
+        if self.padding is None:
+            self.padding = "fixed" if self.pad_to_max_length else "longest"
+
+
+@dataclass
+class LoRAArguments:
+    """What every low-rank method needs."""
+
+    _argument_group_name = "LoRA"
+
+    apply_lora: bool = flag(False, "Train low-rank factors and the head; without it everything is fine-tuned.")
+    lora_r: int | None = flag(None, "r: rank of each matrix (initial rank for AdaLoRA and SoRA).")
+    lora_alpha: float | None = flag(None, "alpha: numerator of the scaling alpha / r.")
+    lora_module: str = flag(
+        "query,key,value,intermediate,layer.output,attention.output",
+        "Which layers to adapt: names from query, key, value, intermediate, layer.output, attention.output, or "
+        "suffixes of module names, separated by commas; 'all-linear' means every linear layer of the backbone.",
+    )
+    lora_dropout: float = flag(0.0, "Dropout on the input of the low-rank path.")
+    lora_path: str | None = flag(
+        None, "Adapter to start from: folder of a run, PEFT LoRA folder, or state dict of the released code."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.apply_lora:
+            if self.lora_path:
+                raise InputError("--lora_path needs --apply_lora: an adapter is loaded into low-rank factors.")
+            return
+        if self.lora_r is None or self.lora_alpha is None:
+            name = "lora_r" if self.lora_r is None else "lora_alpha"
+            raise InputError(
+                f"--apply_lora needs --{name}: a number of 1 or more (--lora_r) or above 0 (--lora_alpha)."
+            )
+        if self.lora_r < 1:
+            raise InputError(f"lora_r is {self.lora_r}, it must be 1 or more.")
+        if self.lora_alpha <= 0:
+            raise InputError(f"lora_alpha is {self.lora_alpha}, it must be above 0.")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"lora_dropout is {self.lora_dropout}, it must lie in 0 to 1, below 1.")
+        if not self.modules:
+            raise InputError("lora_module is empty: name the layers to adapt, separated by commas.")
+
+    @property
+    def modules(self) -> list[str]:
+        """`lora_module` as a list."""
+        return [m.strip() for m in self.lora_module.split(",") if m.strip()]
+
+    @property
+    def layer_settings(self) -> dict[str, Any]:
+        """What an adapted layer takes from the flags."""
+        return {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+
+
+# Least values of stock arguments. TrainingArguments takes others as they are: they would fail, or nothing would train,
+# once data and model are loaded.
+LEAST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "logging_steps": 0,
+}
+
+
+@dataclass
+class GlueTrainingArguments(TrainingArguments):
+    """The stock TrainingArguments, the names that they lost, and defaults that suit adapters."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    if TYPE_CHECKING:  # after __post_init__
+        output_dir: str = ""
+        report_to: list[str] = []
+
+    # Names that are gone from transformers and that people still type, with the meaning they had.
+    evaluation_strategy: str | None = flag(None, "Older name of eval_strategy.")
+    overwrite_output_dir: bool = flag(
+        False, "Remove the files of an earlier run in output_dir; without it a run there is resumed."
+    )
+    group_by_length: bool = flag(False, "Older name of --train_sampling_strategy group_by_length.")
+    warmup_ratio: float | None = flag(None, "Share of the steps for warm-up; now a warmup_steps below 1.")
+    logging_dir: str | None = flag(None, "Folder of the TensorBoard files; default: runs/ in output_dir.")
+    no_cuda: bool = flag(False, "Older name of use_cpu.")
+
+    # The stock filter hides a NaN loss and synchronises at each step; the trainer watches the loss itself.
+    logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the logs (not advised).")
+    # All trainable parameters take part in each step and no buffer changes.
+    ddp_find_unused_parameters: bool | None = flag(False, "Passed to DistributedDataParallel.")
+    ddp_broadcast_buffers: bool | None = flag(False, "Passed to DistributedDataParallel.")
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise InputError("--output_dir is missing: the folder for checkpoints and results.")
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise InputError(f"warmup_ratio is {self.warmup_ratio}, it must lie in 0 to 1, below 1.")
+            if self.warmup_ratio:
+                self.warmup_steps = self.warmup_ratio
+        if self.no_cuda:
+            self.use_cpu = True
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, it must lie in 0 to 1, below 1.")
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise InputError(f"{name} is {getattr(self, name)}, it must lie in 0 to {2**32 - 1}.")
+        if self.do_train and self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise InputError(f"num_train_epochs is {self.num_train_epochs}, it must be above 0, or give --max_steps.")
+        if self.torch_compile_mode is not None:
+            from torch._inductor import list_mode_options  # takes seconds to import
+
+            _refuse_choice("torch_compile_mode", self.torch_compile_mode, list(list_mode_options()))
+        if self.torch_compile_backend is not None:
+            backends = [backend.value.lower() for backend in DynamoBackend if backend != DynamoBackend.NO]
+            _refuse_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
+        super().__post_init__()
+        if self.device.type == "cpu":  # nothing to pin for; the loader would warn
+            self.dataloader_pin_memory = False
+
+
+def _refuse_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}, it must be one of {', '.join(choices)}.")

@@ -1,0 +1,91 @@
+"""`run.json`: the record of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from loralib.adapt import parameters
+from loralib.glue.machine import git_commit, hardware, versions
+from loralib.trainer import LoRATrainer
+
+if TYPE_CHECKING:
+    from loralib.glue.run import Run
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+RUN_VERSION = 1
+
+
+def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: str, metrics: dict[str, Any]) -> None:
+    """Write `run.json` (see the report for what reads it). An evaluation alone replaces no record of a training."""
+    args = run.training
+    if not args.do_train and _has_trained(Path(args.output_dir) / RUN_FILE):
+        logger.info("%s stays the record of the training; what was computed now is beside it", RUN_FILE)
+        return
+    summary = {
+        k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()
+    }
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    record = {
+        "version": RUN_VERSION,
+        "status": status,
+        "method": method,
+        "task": task,
+        "seed": args.seed,
+        "command": without_tokens(run.command),
+        "arguments": {k: v for part in run.arguments for k, v in flags_of(part).items()},
+        "commit": git_commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "world_size": args.world_size,
+        "effective_batch": trainer.get_total_train_batch_size(args),
+        "steps": trainer.state.global_step,
+        "parameters": parameters(trainer.model),
+        "metrics": metrics,
+        "history": trainer.state.log_history,
+        "wall_seconds": round(time.time() - run.started, 3),
+        **summary,
+    }
+    write_json(Path(args.output_dir) / RUN_FILE, run.complete(record))
+
+
+def _has_trained(file: Path) -> bool:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["arguments"]["do_train"] is True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def flags_of(part: Any) -> dict[str, Any]:
+    """The flags of one argument dataclass, tokens left out."""
+    values = part.to_dict() if isinstance(part, transformers.TrainingArguments) else vars(part)
+    return {k: v for k, v in values.items() if "token" not in k}
+
+
+def without_tokens(command: Sequence[str]) -> list[str]:
+    """A command line with the values of `--token`, `--hub_token` and the like replaced by `...`."""
+    shown: list[str] = []
+    hide = False
+    for word in command:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--") and name.endswith("token")
+        shown.append("..." if hide else f"{name}=..." if secret and equals else word)
+        hide = secret and not equals
+    return shown
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write aside, then rename: a reader never sees half a file."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,302 @@
+"""One run from its flags to its results: start, load the data, make the trainer, train and report."""
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+
+from loralib.adapt import parameters
+from loralib.checkpoint import unlock
+from loralib.deberta import unpad
+from loralib.errors import InputError, RunError
+from loralib.glue import card
+from loralib.glue.data import GlueData, load
+from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
+from loralib.glue.folder import clear_output_dir, prepare_output_dir
+from loralib.glue.metrics import compute_metrics, metric_names, to_labels
+from loralib.glue.predictions import check_submission, write_predictions, write_submission
+from loralib.glue.record import write_run
+from loralib.glue.tasks import Task
+from loralib.glue.tokens import tokenize
+from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
+from loralib.trainer import LoRATrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What belongs to one run: its arguments, data, start time, the checkpoint that it goes on from, and whether its
+    folder is still to be cleared of an earlier run."""
+
+    arguments: tuple[Any, ...]
+    training: GlueTrainingArguments
+    checkpoint: str | None
+    submission: str | None
+    command: list[str]
+    clear: bool = False
+    started: float = field(default_factory=time.time)
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict  # adds to the record before it is written
+
+
+def start(
+    training: GlueTrainingArguments,
+    model: ModelArguments,
+    data: DataArguments,
+    lora: LoRAArguments,
+    argv: Sequence[str] | None = None,
+) -> Run:
+    """Logging, output folder, seed. Call it first. `argv`: the flags, where they are not those of the process."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler()]
+    )
+    level = logging.INFO if training.should_log else logging.WARNING
+    logging.getLogger("loralib").setLevel(level)
+    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    datasets.utils.logging.set_verbosity_warning()
+    if training.deepspeed or training.fsdp:
+        name = "deepspeed" if training.deepspeed else "fsdp"
+        raise InputError(
+            f"--{name} is not supported: AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, which "
+            f"{name} shards; train on several GPUs with torchrun instead."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
+        raise InputError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes and each would train alone: there are not as many "
+            "GPUs; on the CPU give --use_cpu, else start one process for each GPU (--nproc_per_node)."
+        )
+    if training.auto_find_batch_size and training.world_size > 1:
+        raise InputError(
+            f"--auto_find_batch_size works in one process, here are {training.world_size}: one that runs out of memory "
+            "alone would leave the others waiting; set --per_device_train_batch_size."
+        )
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise InputError("nothing to do: give --do_train, --do_eval or --do_predict.")
+    if not lora.apply_lora and (lora.lora_r or lora.lora_alpha):
+        logger.warning("--lora_r or --lora_alpha is given without --apply_lora: this is full fine-tuning")
+    if not training.do_train and lora.apply_lora and not lora.lora_path:
+        logger.warning("neither --do_train nor --lora_path is given: low-rank factors and head are untrained")
+    there = transformers.integrations.get_available_reporting_integrations()
+    for name in training.report_to:
+        if name not in ("none", "all") and name not in there:
+            raise InputError(
+                f"--report_to {name}: no such package is installed here: choose from {', '.join([*there, 'none'])}, or "
+                "install it."
+            )
+    with training.main_process_first(desc="output folder"):
+        checkpoint = prepare_output_dir(training)
+    set_seed(training.seed)
+    command = sys.argv if argv is None else [sys.argv[0], *argv]
+    clear = training.do_train and training.overwrite_output_dir and checkpoint is None
+    return Run((model, data, lora, training), training, checkpoint, data.glue_submission, list(command), clear)
+
+
+def load_data(training: GlueTrainingArguments, model: ModelArguments, args: DataArguments) -> GlueData:
+    """The splits that the run needs, and the task."""
+    with training.main_process_first(desc="data"):
+        data = load(
+            task_name=args.task_name,
+            dataset_name=args.dataset_name,
+            dataset_config_name=args.dataset_config_name,
+            train_file=args.train_file,
+            validation_file=args.validation_file,
+            test_file=args.test_file,
+            do_train=training.do_train,
+            do_eval=training.do_eval,
+            do_predict=training.do_predict,
+            max_train_samples=args.max_train_samples,
+            max_eval_samples=args.max_eval_samples,
+            max_predict_samples=args.max_predict_samples,
+            cache_dir=model.cache_dir,
+            token=model.token,
+        )
+    if args.glue_submission:
+        check_submission(args.glue_submission, data.task, training.do_predict)
+    if args.heldout_split is not None and training.do_eval:
+        split_heldout(data, args.heldout_split)
+    return data
+
+
+def trainer_parts(
+    run: Run, data: GlueData, tokenizer: PreTrainedTokenizerBase, args: DataArguments, model: PreTrainedModel
+) -> dict[str, Any]:
+    """The arguments of `LoRATrainer` that every method shares."""
+    if run.training.push_to_hub and run.training.process_index == 0:
+        card.make_repository(run.training)
+    _check_best_metric(run.training, data.task)
+    fixed = args.padding == "fixed"
+    if args.padding == "unpadded":
+        attention = run.arguments[0].attention
+        if attention != "fast" or not unpad(model):
+            raise InputError(
+                f"--padding unpadded needs a DeBERTa-v2 or v3 model without convolution and --attention fast, here are "
+                f"{type(model).__name__} and {attention}: use --padding longest."
+            )
+
+    def tokenized(split: Dataset) -> Dataset:
+        return tokenize(split, data.task, tokenizer, args.max_seq_length, fixed, overwrite_cache=args.overwrite_cache)
+
+    with run.training.main_process_first(desc="tokenising"):
+        train = tokenized(data.train) if data.train is not None else None
+        for splits in (data.evals, data.tests):
+            splits.update({name: tokenized(split) for name, split in splits.items()})
+    table: Any = model.get_input_embeddings()
+    known = table.weight.shape[0]
+    if len(tokenizer) > known:
+        used = [s for s in (train, *data.evals.values(), *data.tests.values()) if s is not None]
+        highest = max(max(ids) for split in used for ids in split["input_ids"])
+        if highest >= known:
+            raise InputError(
+                f"the tokenizer gives the token {highest} and the model knows tokens 0 to {known - 1}: the two do not "
+                "belong together, look at --tokenizer_name and --model_name_or_path."
+            )
+    collator = default_data_collator if fixed else transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    return {
+        "model": model,
+        "args": run.training,
+        "train_dataset": train,
+        "eval_dataset": next(iter(data.evals.values()), None),
+        "processing_class": tokenizer,
+        "data_collator": collator,
+        "compute_metrics": compute_metrics(data.task),
+        "settings": _settings(run, data.task),
+    }
+
+
+def _check_best_metric(training: GlueTrainingArguments, task: Task) -> None:
+    """The stock Trainer would find out at the first evaluation, hours later perhaps."""
+    wanted = training.metric_for_best_model
+    known = ["loss", *metric_names(task)]
+    if training.do_train and wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise InputError(f"metric_for_best_model is {wanted!r}, for {task.name} it must be one of {', '.join(known)}.")
+
+
+def _settings(run: Run, task: Task) -> dict[str, Any]:
+    """Flags that decide the run's numbers: a checkpoint is only resumed with the same ones."""
+    model, data, lora, _ = run.arguments
+    own = {k: v for k, v in vars(lora).items() if k not in ("lora_path", "tb_writter_loginterval")}
+    own |= {k: getattr(data, k) for k in ("max_seq_length", "padding", "max_train_samples")}
+    # the folder may move, its name is what one recognises
+    own |= {"task": task.name, "model": Path(model.model_name_or_path).name}
+    return own | {"cls_dropout": model.cls_dropout, "attention": model.attention}
+
+
+def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *lines: str) -> None:
+    """Clear the folder where that was asked for, and say what will happen, in a few lines (ledger D4, D5)."""
+    clear_output_dir(run)
+    args, counts = run.training, parameters(trainer.model)
+    logger.info("method: %s", method)
+    kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in adapted})
+    if adapted:
+        logger.info("adapted: %d matrices (%s)", len(adapted), ", ".join(kinds))
+    logger.info(
+        "trainable parameters: %s of %s, %.3f %% (low-rank %s, head %s)",
+        *(f"{counts[k]:,}" for k in ("trainable", "total")),
+        100 * counts["trainable"] / counts["total"],
+        *(f"{counts[k]:,}" for k in ("lora", "head")),
+    )
+    if args.do_train:
+        processes = args.world_size if args.n_gpu <= 1 else args.n_gpu
+        logger.info(
+            "effective batch: %d = %d per device x %d device(s) x %d accumulated; %d optimizer steps in all",
+            effective_batch(args),
+            args.per_device_train_batch_size,
+            processes,
+            args.gradient_accumulation_steps,
+            trainer.total_steps(),
+        )
+    if args.n_gpu > 1:
+        logger.warning(
+            "one process drives %d GPUs (nn.DataParallel): the effective batch is %d, and step-based settings see "
+            "fewer steps; 'torchrun --nproc_per_node %d' is faster, CUDA_VISIBLE_DEVICES=0 keeps the batch of one GPU",
+            args.n_gpu,
+            effective_batch(args),
+            args.n_gpu,
+        )
+    for line in lines:
+        logger.info("%s", line)
+
+
+def effective_batch(args: GlueTrainingArguments) -> int:
+    """Rows of one optimizer step over all devices."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[str, Any]:
+    """Train, evaluate, predict as the flags say, and write `run.json`.
+
+    Args:
+        method: short name of the method for the report; callbacks that have a `summary()` add the method's own facts.
+
+    Returns:
+        The final metrics.
+    """
+    metrics: dict[str, Any] = {}
+    try:
+        _train_and_evaluate(run, trainer, data, metrics)
+        if run.training.should_save:
+            write_run(run, trainer, method, data.task.name, "finished", metrics)
+            if run.training.do_train:
+                card.write_card(run.training.output_dir)
+    except RunError as error:
+        if run.training.should_save:
+            with suppress(OSError):  # the disk may be full
+                write_run(run, trainer, method, data.task.name, error.status, metrics)
+        raise
+    except OSError as error:
+        raise RunError(
+            f"output_dir {run.training.output_dir} could not be written to ({error}): see to its disk, and the same "
+            "command goes on from the last checkpoint."
+        ) from error
+    finally:
+        unlock(run.training.output_dir)
+    if run.training.push_to_hub:
+        card.push(trainer)
+    return metrics
+
+
+def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics: dict[str, Any]) -> None:
+    args = run.training
+    trainer.add_callback(WatchCallback(trainer, data.evals.get(HELDOUT)))
+    if args.do_train:
+        result = trainer.train(resume_from_checkpoint=run.checkpoint)
+        trainer.save_model(_internal_call=True)  # any other call would send the folder to the hub here and now
+        trainer.save_state()
+        train_metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
+        trainer.log_metrics("train", train_metrics)
+        trainer.save_metrics("train", train_metrics)
+        metrics |= train_metrics
+    if args.do_eval:
+        evaluation: dict[str, Any] = {}
+        for name, split in data.evals.items():
+            if name == HELDOUT:  # the callback evaluates it whenever the other half is
+                continue
+            values = trainer.evaluate(split) | {"eval_samples": len(split)}
+            trainer.log_metrics("eval", values)
+            evaluation |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values
+        trainer.save_metrics("eval", evaluation)
+        metrics |= evaluation
+    if args.do_predict:
+        for name, split in data.tests.items():
+            unlabelled = split.remove_columns("label") if "label" in split.column_names else split
+            labels = to_labels(trainer.predict(unlabelled, metric_key_prefix="predict").predictions, data.task)
+            if args.should_save:
+                write_predictions(args.output_dir, name, labels, data.task)
+                if run.submission is not None:
+                    write_submission(run.submission, name, labels, data.task)
