@@ -1,6 +1,6 @@
 """Build file: distribution rm-lora-glue, import name loralib (the distribution called loralib is Microsoft's)."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.17", "mypy>=2.4", "peft>=0.19"]
 
@@ -10,8 +10,8 @@ setup(
     description="LoRA, AdaLoRA, SoRA and RM-LoRA on GLUE: a reference implementation for current PyTorch",
     license="MIT",
     python_requires=">=3.11",
-    packages=["loralib", "loralib.glue"],
-    package_data={"loralib": ["py.typed"], "loralib.glue": ["*.py"]},
+    packages=find_packages(include=["loralib", "loralib.*"]),
+    package_data={"loralib": ["py.typed"]},
     # constraints.txt holds the versions that the tests run with, constraints-oldest.txt the lower ends of these ranges,
     # which test.sh --oldest installs.
     install_requires=[
