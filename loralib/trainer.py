@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers.integrations import TensorBoardCallback
 
 from loralib.adapt import adapted_layers
-from loralib.export import disk_errors, load_adapter, load_method_state, save_adapter, save_method_state
+from loralib.adapters.own import load_adapter, load_method_state, save_adapter, save_method_state
+from loralib.adapters.writing import disk_errors
 from loralib.running import OWN_ROWS, RunTrainer
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from loralib.adapters.exports import export_lora, export_merged
+from loralib.adapters.peft import export_peft
 from loralib.errors import InputError
-from loralib.export import export_lora, export_merged, export_peft
 from loralib.glue.arguments import command
 from loralib.layers import LoRALinear
 

@@ -27,9 +27,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from loralib.adapt import adapt, factors
+from loralib.adapters.own import load_trained
 from loralib.allocator import AllocatorCallback, RankAllocator
 from loralib.deberta import use_fast_attention
-from loralib.export import load_trained
 from loralib.glue.arguments import GlueTrainingArguments
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 from loralib.masking import MaskCallback, RandomMask

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from loralib.adapt import ALL_LINEAR, adapt, adapted_layers, backbone_of, factors, match_modules, parameters, ranks
+from loralib.adapters.exports import merge
 from loralib.errors import InputError
-from loralib.export import merge
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 
 CONFIG = BertConfig(

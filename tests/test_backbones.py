@@ -12,8 +12,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer
 
 from loralib.adapt import ROLES, adapt, match_modules, parameters
+from loralib.adapters.exports import export_merged
+from loralib.adapters.own import save_adapter
+from loralib.adapters.peft import export_peft
+from loralib.adapters.start import load_lora
 from loralib.errors import InputError
-from loralib.export import export_merged, export_peft, load_lora, save_adapter
 from loralib.layers import LoRALinear, SVDLinear
 
 SIZE = {

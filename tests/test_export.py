@@ -27,17 +27,11 @@ from transformers import (
 )
 
 from loralib.adapt import ROLES, adapt, adapted_layers, parameters, ranks
+from loralib.adapters.exports import export_lora, export_merged, merge
+from loralib.adapters.own import load_adapter, save_adapter
+from loralib.adapters.peft import export_peft
+from loralib.adapters.start import load_lora, read_adapter
 from loralib.errors import InputError
-from loralib.export import (
-    export_lora,
-    export_merged,
-    export_peft,
-    load_adapter,
-    load_lora,
-    merge,
-    read_adapter,
-    save_adapter,
-)
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 
 SIZE = {
@@ -329,7 +323,8 @@ def test_a_failing_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loralib.export._write_json", full)
+    for room in ("exports", "peft"):
+        monkeypatch.setattr(f"loralib.adapters.{room}.write_json", full)
     for export in (export_lora, export_peft):
         with pytest.raises(InputError, match="No space left"):
             export(tmp_path / "run", tmp_path / "out")

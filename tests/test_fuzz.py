@@ -18,9 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loralib.adapters.own import load_adapter, load_method_state, load_trained, save_adapter, save_method_state
+from loralib.adapters.reading import read_state
 from loralib.checkpoint import MANIFEST, last_checkpoint, read_manifest
 from loralib.errors import InputError
-from loralib.export import load_adapter, load_method_state, load_trained, read_state, save_adapter, save_method_state
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, parse
 from loralib.glue.data import load
 

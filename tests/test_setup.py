@@ -29,7 +29,7 @@ def declared() -> dict[str, list[Requirement]]:
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     stated = json.loads(out)
     folders = {f.parent.relative_to(ROOT) for f in (ROOT / "loralib").rglob("*.py")}
-    assert stated["name"] != "loralib" and stated["packages"] == sorted(".".join(f.parts) for f in folders)
+    assert stated["name"] != "loralib" and sorted(stated["packages"]) == sorted(".".join(f.parts) for f in folders)
     groups = {"": stated["install_requires"], **stated["extras_require"]}
     return {extra: [Requirement(line) for line in lines] for extra, lines in groups.items()}
 

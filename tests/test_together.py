@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
 from loralib.adapt import ROLES, adapt, adapted_layers
+from loralib.adapters.exports import merge
 from loralib.deberta import use_fast_attention
-from loralib.export import merge
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 from loralib.together import work_alone, work_together
 

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from loralib.adapt import adapt, adapted_layers
+from loralib.adapters.own import load_adapter
 from loralib.errors import InputError
-from loralib.export import load_adapter
 from loralib.layers import LoRALinear
 from loralib.trainer import LoRATrainer
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loralib.export import read_state
+from loralib.adapters.reading import read_state
 from loralib.glue.data import GlueData
 from loralib.glue.tasks import GLUE
 from loralib.glue.watch import HELDOUT, split_heldout

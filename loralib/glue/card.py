@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE
 from loralib.errors import InputError, RunError
-from loralib.export import ADAPTER_CONFIG, ADAPTER_FILE
 from loralib.glue.record import RUN_FILE, without_tokens
 from loralib.glue.tasks import GLUE
 

@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from loralib.adapters.start import load_lora
 from loralib.deberta import use_fast_attention
 from loralib.errors import InputError
-from loralib.export import load_lora
 from loralib.glue.flags import LoRAArguments, ModelArguments
 from loralib.glue.machine import versions
 from loralib.glue.tasks import Task

@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from loralib.adapters.own import load_adapter
 from loralib.checkpoint import last_checkpoint
-from loralib.export import load_adapter
 from loralib.glue.folder import clear_output_dir
 from loralib.glue.record import RUN_FILE
 from loralib.glue.run import Run

@@ -1,0 +1,211 @@
+"""Adapters out: folded into plain factors, or merged into the weights of an ordinary checkpoint."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from loralib.adapt import adapt, adapted_layers, backbone_of
+from loralib.adapters.own import load_adapter, other_backbone, read_own
+from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, DIAGONALS, Adapter, read_number
+from loralib.adapters.writing import new_folder, write_json, write_tensors
+from loralib.errors import InputError
+from loralib.layers import LoRALinear
+from loralib.together import work_alone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def read_run(folder: str | Path) -> Adapter:
+    """The adapter of a run's output folder, of one of its checkpoints, or of an exported folder.
+
+    Raises:
+        InputError: not such a folder, or a run that fine-tuned the whole model.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give a run's output folder or one of its checkpoints.")
+    if (folder / ADAPTER_CONFIG).is_file() or (folder / ADAPTER_FILE).is_file():
+        return read_own(folder)
+    if (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder} holds a fully fine-tuned model: from_pretrained loads the folder as it is.")
+    raise InputError(f"{folder} holds no {ADAPTER_CONFIG}: give a run's output folder or one of its checkpoints.")
+
+
+def folded(adapter: Adapter) -> Adapter:
+    """The same update with two factors for each matrix and nothing else (layer `frd`).
+
+    Triplets and gates of value 0 are removed, the others go into lora_A; a matrix of rank 0 is left out. scaling stays.
+
+    Raises:
+        InputError: the layer is more than weight + scaling B diag A.
+    """
+    matrices = {}
+    for name, tensors in adapter.matrices.items():
+        extra = sorted(set(tensors) - {"lora_A", "lora_B", *DIAGONALS})
+        if extra or adapter.config.get("low_rank") is not True:
+            what = (
+                f"holds {f'{name}.{extra[0]}'!r}"
+                if extra
+                else "was trained with a layer that defines its own delta_weight"
+            )
+            raise InputError(
+                f"{adapter.source} {what}: it is not a product of two factors, so it cannot be written as plain LoRA; "
+                "use --to merged --layer FILE.py:CLASS with its layer class."
+            )
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        for leaf in DIAGONALS:
+            if leaf in tensors:
+                d = tensors[leaf].view(-1)
+                left = d.nonzero().view(-1)
+                a, b = d[left].unsqueeze(1) * a[left], b[:, left]
+        if a.shape[0]:
+            matrices[name] = {"lora_A": a, "lora_B": b}
+    left_ranks = dict.fromkeys(adapter.config["ranks"], 0) | {n: m["lora_A"].shape[0] for n, m in matrices.items()}
+    scaling = {name: adapter.scaling[name] for name in matrices}
+    config = adapter.config | {"layer": "frd", "ranks": left_ranks}
+    config.pop("shared", None)
+    return replace(adapter, config=config, matrices=matrices, scaling=scaling)
+
+
+def export_lora(run: str | Path, out: str | Path) -> None:
+    """Write this project's adapter folder with `folded` factors: rank (in + out) elements a matrix, and the head.
+
+    A layer that cannot be folded is written as it is.
+    """
+    adapter = read_run(run)
+    if adapter.config.get("low_rank") is True:
+        adapter = folded(adapter)
+    state = {f"{name}.{key}": t for name, tensors in adapter.matrices.items() for key, t in tensors.items()}
+    with new_folder(Path(out)) as folder:
+        write_tensors(folder / ADAPTER_FILE, state | adapter.rest)
+        write_json(folder / ADAPTER_CONFIG, adapter.config)
+        if (adapter.source / "config.json").is_file():  # labels and head, which merging needs
+            shutil.copyfile(adapter.source / "config.json", folder / "config.json")
+
+
+def export_merged(
+    run: str | Path, out: str | Path, base: str | None = None, layer: type[LoRALinear] | None = None
+) -> None:
+    """Write an ordinary transformers checkpoint with the update in its weights, and its tokenizer.
+
+    Args:
+        base: the base model's name or folder, where it is not the recorded one.
+        layer: class of the adapted layers, for one whose `delta_weight` is its own.
+
+    Raises:
+        InputError: the base model is not to be had, or does not fit.
+    """
+    from transformers import AutoTokenizer
+
+    adapter = read_run(run)
+    model, name, revision = _base_model(adapter, base)
+    if other_backbone(adapter.config, adapter.rest, model):
+        raise InputError(
+            f"the weights of the base model {name} are not those that {adapter.source} was trained on: give that model "
+            "by --base."
+        )
+    if layer is None:
+        adapter = folded(adapter)
+        own = dict(model.named_parameters())
+        _check_shapes(adapter, own)
+        with torch.no_grad():
+            for matrix, m in adapter.matrices.items():
+                own[f"{matrix}.weight"].add_(m["lora_B"] @ m["lora_A"], alpha=adapter.scaling[matrix])
+            for key, value in adapter.rest.items():
+                own[key].copy_(value)
+    else:
+        r, alpha = (
+            read_number(adapter.config, key, adapter.source / ADAPTER_CONFIG) for key in ("lora_r", "lora_alpha")
+        )
+        adapt(model, layer, list(adapter.config["ranks"]), r=int(r), lora_alpha=alpha)
+        load_adapter(model, adapter.source)
+        merge(model)
+    own_tokenizer = (adapter.source / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            adapter.source if own_tokenizer else name, revision=None if own_tokenizer else revision
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"no tokenizer loads from {adapter.source} or {name} ({type(error).__name__}).") from error
+    if tokenizer.pad_token is None:  # of a decoder's base; the run's own tokenizer has it
+        tokenizer.pad_token = tokenizer.eos_token
+    with new_folder(Path(out)) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):  # safetensors' own writer keeps them from everybody else
+            file.chmod((folder / "config.json").stat().st_mode)
+
+
+def merge(model: nn.Module) -> None:
+    """Replace each adapted layer by a plain linear one with weight + delta_weight, in place.
+
+    Outputs stay the same; afterwards the model is what it was before `adapt`, with other weights.
+    """
+    plain: dict[int, nn.Linear] = {}
+    for _, layer in adapted_layers(model):
+        merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        merged.weight = nn.Parameter((layer.weight + layer.delta_weight()).detach())
+        merged.bias = layer.bias
+        plain[id(layer)] = merged
+    for place, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in plain:
+            parent, _, child = place.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain[id(module)])
+    work_alone(model)
+
+
+def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", str, str | None]:
+    """The pretrained classifier under an adapter, with the head's shape; its name and revision."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    name = base or adapter.config.get("base_model")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{adapter.source / ADAPTER_CONFIG} names no base_model: give it by --base.")
+    revision = None if base else adapter.config.get("base_model_revision")
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise InputError(f"the base model {name} of {adapter.source} is not there: say where it is by --base.")
+    tensors = [*(m["lora_A"] for m in adapter.matrices.values()), *adapter.rest.values()]
+    dtype = tensors[0].dtype if tensors else torch.float32  # as trained, whatever the base's file holds
+    try:
+        config = AutoConfig.from_pretrained(adapter.source if (adapter.source / "config.json").is_file() else name)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            os.path.expanduser(name),
+            config=config,
+            revision=revision or "main",
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        asked = "" if Path(name).expanduser().is_dir() else " from the hub (or its cache)"
+        raise InputError(
+            f"the base model {name} cannot be loaded{asked}: {' '.join(str(error).split())[:300]} A copy elsewhere is "
+            "named by --base."
+        ) from error
+    # the head is replaced in any case; of the backbone nothing may be missing
+    for lost in sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str):
+        key, *shapes = lost if isinstance(lost, tuple | list) else (lost,)
+        if key not in adapter.rest and key.startswith(f"{backbone_of(model)[0]}."):
+            shown = f" with shapes {' and '.join(str(tuple(s)) for s in shapes)}" if shapes else ""
+            raise InputError(
+                f"the base model {name} does not fit {adapter.source}: {key!r} is missing or differs{shown}."
+            )
+    return model.eval(), name, revision
+
+
+def _check_shapes(adapter: Adapter, own: Mapping[str, Tensor]) -> None:
+    needed = {f"{n}.weight": (m["lora_B"].shape[0], m["lora_A"].shape[1]) for n, m in adapter.matrices.items()}
+    for key, shape in (needed | {key: tuple(t.shape) for key, t in adapter.rest.items()}).items():
+        if key not in own:
+            raise InputError(f"{adapter.source} is for a model with {key!r}, which the base model lacks: see --base.")
+        if tuple(own[key].shape) != shape:
+            raise InputError(
+                f"{adapter.source} has shape {shape} for {key!r}, the base model {tuple(own[key].shape)}: see --base."
+            )

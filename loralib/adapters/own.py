@@ -1,0 +1,229 @@
+"""This project's own format: `adapter.safetensors`, `adapter.json`, and the state of a method's pieces."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from loralib.adapt import adapted_layers, is_lora, ranks
+from loralib.adapters.reading import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    DIAGONALS,
+    Adapter,
+    read_json,
+    read_number,
+    read_state,
+    split_state,
+)
+from loralib.adapters.writing import FORMAT_VERSION, write_json, write_tensors
+from loralib.errors import InputError
+from loralib.layers import LoRALinear
+
+METHOD_STATE = "method_state.safetensors"
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What was trained (factors and head) and `ranknum`, by the released keys; never the frozen backbone."""
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, layer in adapted_layers(model):
+        state |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers(recurse=False)}
+    return state
+
+
+def adapter_facts(model: nn.Module) -> dict[str, Any]:
+    """What `adapter.json` says of the model itself.
+
+    head: names of trained parameters that are no adapter's; ranks, scaling: by matrix; low_rank: whether
+    weight + scaling B diag A is all of each layer; shared: other names of a factor that several matrices share;
+    backbone_sum: see there.
+    """
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    shared = {name: first[id(p)] for name, p in every if is_lora(name) and first[id(p)] != name}
+    head = [name for name, p in model.named_parameters() if p.requires_grad and not is_lora(name)]
+    facts: dict[str, Any] = {
+        "backbone_sum": backbone_sum(model, head),
+        "low_rank": all(_low_rank(layer) for _, layer in adapted_layers(model)),
+        "head": head,
+        "ranks": ranks(model),
+        "scaling": {name: float(layer.scaling) for name, layer in adapted_layers(model)},
+    }
+    return facts | ({"shared": shared} if shared else {})
+
+
+def _low_rank(layer: LoRALinear) -> bool:
+    """Whether the layer's tensors alone give its update: scaling B diag A, with d as it is in the file."""
+    d, held = layer.diagonal(), [getattr(layer, key) for key in DIAGONALS if hasattr(layer, key)]
+    stored = not held if d is None else len(held) == 1 and torch.equal(d, held[0].view(-1))
+    return stored and type(layer).delta_weight is LoRALinear.delta_weight
+
+
+def backbone_sum(model: nn.Module, head: Iterable[str]) -> float:
+    """Sum of the absolute values at the start of each frozen parameter: tells one pretrained model from another.
+
+    Rounding to half precision moves it by less than 1e-4 of itself.
+    """
+    trained = set(head)
+    frozen = (p for name, p in model.named_parameters() if name not in trained and not is_lora(name))
+    sums = [p.detach().reshape(-1)[:64].double().abs().sum() for p in frozen]
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def other_backbone(config: Mapping[str, Any], head: Iterable[str], model: nn.Module) -> bool:
+    known = config.get("backbone_sum")
+    return known is not None and not math.isclose(known, backbone_sum(model, head), rel_tol=1e-4)
+
+
+def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
+    """Write `adapter.safetensors` and `adapter.json`, each of them aside first.
+
+    Args:
+        model: the adapted model.
+        folder: is made where it is missing.
+        config: facts about the adapter (method, r, alpha, modules, base model, ...); `adapter_facts` are added.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    full = {"format_version": FORMAT_VERSION, **config, **adapter_facts(model)}
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if commit:  # a model of the hub: a branch moves, a commit does not
+        full["base_model_revision"] = commit
+    write_tensors(folder / ADAPTER_FILE, adapter_state(model))
+    write_json(folder / ADAPTER_CONFIG, full)
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Load a trained adapter and head into an adapted model; everything must be there and fit, values stay as saved.
+
+    Raises:
+        InputError: missing or unknown keys, other shapes (the message names file, key and both shapes), or another
+            pretrained model.
+    """
+    state, file = read_state(path), Path(path).expanduser() / ADAPTER_CONFIG
+    load_trained(model, state, str(path), head_may_differ=False)
+    config = read_json(file) if file.is_file() else {}
+    if "backbone_sum" in config:
+        read_number(config, "backbone_sum", file)
+    if other_backbone(config, state, model):
+        raise InputError(f"{path} was trained on another pretrained model: the frozen weights of this one differ.")
+
+
+def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: str, head_may_differ: bool) -> list[str]:
+    """Copy `state` into the model's parameters and buffers.
+
+    Args:
+        head_may_differ: a head that is missing or has other shapes keeps its fresh values.
+
+    Returns:
+        Names of trainable parameters that kept their values.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    needed = adapter_state(model)
+    unknown = sorted(set(state) - set(own))
+    if unknown:
+        raise InputError(
+            f"{source} holds {len(unknown)} unknown key(s), the first is {unknown[0]!r}: its modules or its layer type "
+            "are not those of this run (--lora_module, --lora_type)."
+        )
+    kept = []
+    for name in needed:
+        found = state.get(name)
+        if found is not None and found.shape == own[name].shape:
+            continue
+        if head_may_differ and not is_lora(name) and not name.endswith("ranknum"):
+            kept.append(name)
+        elif name.endswith("ranknum") and found is None:
+            continue  # a constant of the layer
+        elif found is None:
+            raise InputError(f"{source} lacks the key {name!r}: its modules are not those of this run (--lora_module).")
+        else:
+            raise InputError(
+                f"{source} has shape {tuple(found.shape)} for {name!r}, this run needs {tuple(own[name].shape)}: "
+                "set --lora_r and the model as they were."
+            )
+    with torch.no_grad():
+        for name, value in state.items():
+            if name not in kept:
+                if value.shape != own[name].shape:
+                    raise InputError(
+                        f"{source} has shape {tuple(value.shape)} for {name!r}, this run {tuple(own[name].shape)}."
+                    )
+                own[name].copy_(value)
+    return kept
+
+
+def read_own(folder: Path) -> Adapter:
+    file, config_file = folder / ADAPTER_FILE, folder / ADAPTER_CONFIG
+    for needed in (file, config_file):
+        if not needed.is_file():
+            raise InputError(f"the adapter folder {folder} lacks {needed.name}: copy the folder as a whole.")
+    config, state = read_json(config_file), read_state(file)
+    version = read_number(config, "format_version", config_file, 1)
+    if "backbone_sum" in config:
+        read_number(config, "backbone_sum", config_file)
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{config_file} has format_version {version}, this program reads up to {FORMAT_VERSION}: update it."
+        )
+    for key in ("ranks", "scaling"):
+        if not isinstance(config.get(key), dict):
+            raise InputError(f"{config_file} has no mapping {key!r} from matrices to numbers.")
+        for name in config[key]:
+            read_number(config[key], name, config_file)
+    shared: Any = config.get("shared") or {}
+    head: Any = config.get("head")
+    labels: Any = config.get("label_names") or []
+    if not isinstance(shared, dict) or not all(isinstance(name, str) for name in shared.values()):
+        raise InputError(f"{config_file} has a mapping 'shared' that does not lead from names to names.")
+    for key, names in (("head", head), ("label_names", labels)):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{config_file} has no list of names under {key!r}.")
+    state |= {alias: state[name] for alias, name in shared.items() if name in state}
+    matrices, rest = split_state(state, file)
+    sizes, scaling = config["ranks"], config["scaling"]
+    wrong = [n for n in matrices if n not in sizes or n not in scaling] + [
+        n for n in sizes if sizes[n] and n not in matrices
+    ]
+    wrong += sorted(set(rest) ^ set(head))
+    if not wrong and config.get("low_rank") is True:
+        wrong = [name for name, tensors in matrices.items() if _rank(tensors) != sizes[name]]
+    if wrong:
+        raise InputError(f"{file} and {config_file.name} differ in {wrong[0]!r}: they are not of one run.")
+    return Adapter(folder, config, matrices, {name: float(scaling[name]) for name in matrices}, rest)
+
+
+def _rank(tensors: Mapping[str, Tensor]) -> int:
+    d = next((tensors[key] for key in DIAGONALS if key in tensors), None)
+    return tensors["lora_A"].shape[0] if d is None else int(d.count_nonzero())
+
+
+def save_method_state(states: Mapping[str, Mapping[str, Tensor]], folder: str | Path) -> None:
+    """Write the state of a method's pieces, `{piece: {key: tensor}}`, to `method_state.safetensors`."""
+    flat = {f"{piece}/{key}": t for piece, state in states.items() for key, t in state.items()}
+    write_tensors(Path(folder) / METHOD_STATE, flat)
+
+
+def load_method_state(folder: str | Path) -> dict[str, dict[str, Tensor]]:
+    """Read what `save_method_state` wrote.
+
+    Raises:
+        InputError: the file is missing or cut off.
+    """
+    file = Path(folder) / METHOD_STATE
+    if not file.is_file():
+        raise InputError(f"checkpoint {folder} lacks {METHOD_STATE}: it is not of this method and cannot be resumed.")
+    try:
+        flat = load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file} is cut off or not a safetensors file.") from error
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        piece, _, name = key.partition("/")
+        states.setdefault(piece, {})[name] = tensor
+    return states

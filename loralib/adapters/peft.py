@@ -1,0 +1,106 @@
+"""Hugging Face PEFT's format, in and out. PEFT itself is not needed."""
+
+import math
+import re
+from pathlib import Path
+
+from loralib.adapters.exports import folded, read_run
+from loralib.adapters.reading import PEFT_FILES, Adapter, read_json, read_number, read_state, split_state
+from loralib.adapters.writing import new_folder, write_json, write_tensors
+from loralib.errors import InputError
+
+PEFT_CONFIG = "adapter_config.json"
+# Of PEFT's LoRA settings those that compute more than W + scaling B A, and the starts that leave W as it is.
+PEFT_MORE = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
+    "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+PEFT_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+
+
+def read_peft(folder: Path) -> Adapter:
+    file = folder / PEFT_CONFIG
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{file} has peft_type {config.get('peft_type')!r}: only LORA can be read here.")
+    for key, wanted in (("bias", "none"), ("fan_in_fan_out", False)):
+        if config.get(key, wanted) != wanted:
+            raise InputError(f"{file} has {key} = {config[key]!r}: only {wanted!r} can be read here.")
+    for key in PEFT_MORE:
+        if config.get(key):
+            raise InputError(
+                f"{file} has {key} = {str(config[key])[:80]}: only plain LoRA, without it, can be read here."
+            )
+    start = config.get("init_lora_weights", True)
+    if not (start is None or isinstance(start, bool) or start in PEFT_STARTS):  # the others change the base's weights
+        raise InputError(
+            f"{file} has init_lora_weights = {str(start)[:80]!r}, which belongs to changed base weights: convert it to "
+            "plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    state = {}
+    for key, value in read_state(folder).items():
+        if ".original_module." not in key:
+            name = re.sub(r"\.modules_to_save(\.default)?\.", ".", key.removeprefix("base_model.model."))
+            state[re.sub(r"\.(lora_[AB])(\.default)?\.weight$", r".\1", name)] = value
+    matrices, rest = split_state(state, folder)
+    alphas = config.get("alpha_pattern") or {}
+    # PEFT takes these keys as regular expressions; one from a file could run for ever, so names alone are read
+    if not isinstance(alphas, dict) or not all(re.fullmatch(r"[\w.\\]+", key) for key in alphas):
+        raise InputError(f"{file} has an alpha_pattern that is no mapping from module names to numbers.")
+    scaling = {}
+    for name, tensors in matrices.items():
+        found = next((key for key in alphas if f".{name}".endswith("." + key.replace("\\", ""))), None)
+        alpha = read_number(config, "lora_alpha", file) if found is None else read_number(alphas, found, file)
+        r = tensors["lora_A"].shape[0]
+        scaling[name] = alpha / (math.sqrt(r) if config.get("use_rslora") is True else r)
+    return Adapter(folder, {}, matrices, scaling, rest, complete=False)
+
+
+def export_peft(run: str | Path, out: str | Path, base: str | None = None) -> None:
+    """Write a folder that PEFT loads as plain LoRA: ranks and alphas by matrix, the head in modules_to_save.
+
+    Args:
+        base: the base model's name or folder, where it is not the recorded one.
+    """
+    trained = read_run(run)
+    adapter = folded(trained)
+    matrices, scaling = dict(adapter.matrices), dict(adapter.scaling)
+    if not matrices:  # PEFT refuses an adapter without a matrix: one row of zeros
+        if not trained.matrices:
+            raise InputError(f"{trained.source} has rank 0 everywhere: export to peft from the run's own folder.")
+        name, tensors = next(iter(trained.matrices.items()))
+        matrices[name] = {"lora_A": tensors["lora_A"][:1] * 0, "lora_B": tensors["lora_B"][:, :1] * 0}
+        scaling[name] = 1.0
+    sizes = {name: m["lora_A"].shape[0] for name, m in matrices.items()}
+    alphas = {name: scaling[name] * sizes[name] for name in matrices}
+    r = max(sizes.values(), key=list(sizes.values()).count)
+    alpha = next(alphas[name] for name in sizes if sizes[name] == r)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": base or adapter.config.get("base_model"),
+        "revision": None if base else adapter.config.get("base_model_revision"),
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: size for name, size in sizes.items() if size != r},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "target_modules": list(matrices),
+        "modules_to_save": sorted({_head_module(name) for name in adapter.rest}),
+        "lora_dropout": adapter.config.get("lora_dropout", 0.0),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    state = {f"{name}.{key}.weight": t for name, tensors in matrices.items() for key, t in tensors.items()}
+    state = {f"base_model.model.{name}": t for name, t in (state | adapter.rest).items()}
+    with new_folder(Path(out)) as folder:
+        write_tensors(folder / PEFT_FILES[0], state)
+        write_json(folder / PEFT_CONFIG, config)
+
+
+def _head_module(parameter: str) -> str:
+    """The module to save whole: classifier for classifier.dense.weight, bert.pooler for bert.pooler.dense.weight."""
+    parts = parameter.split(".")
+    return ".".join(parts[: parts.index("pooler") + 1] if "pooler" in parts else parts[:1])

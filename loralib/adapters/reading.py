@@ -1,0 +1,124 @@
+"""The reader of foreign files: state dicts and JSON objects become an `Adapter`. Nothing in a file is ever executed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loralib.adapt import is_lora
+from loralib.errors import InputError
+
+ADAPTER_FILE = "adapter.safetensors"
+ADAPTER_CONFIG = "adapter.json"
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+DIAGONALS = ("lora_E", "lora_gate")  # what may stand between the factors, (r,) as a row or a column
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a file holds.
+
+    source: file or folder, for messages. config: adapter.json; {} where there is none. matrices: by module name
+    lora_A (r, in), lora_B (out, r) and what its layer adds. scaling: by module name; a matrix of the released code,
+    whose files do not say it, is missing. rest: the head, and the backbone where a file holds all.
+    complete: whether each adapted matrix is in the file, at least in `config["ranks"]` as one of rank 0.
+    """
+
+    source: Path
+    config: dict[str, Any]
+    matrices: dict[str, dict[str, Tensor]]
+    scaling: dict[str, float]
+    rest: dict[str, Tensor]
+    complete: bool = True
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, of a .bin or .pt file (weights_only), or of a folder with one.
+
+    Raises:
+        InputError: nothing there, or not readable; the message names the file.
+    """
+    path = Path(path).expanduser()
+    file = path
+    if path.is_dir():
+        names = (ADAPTER_FILE, *PEFT_FILES, "model.safetensors", "pytorch_model.bin")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{path} holds no adapter: it must hold one of {', '.join(names)}.")
+        file = found[0]
+    if not file.is_file():
+        raise InputError(f"{path} does not exist: give a .safetensors or .bin file, or a folder with one.")
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken or hostile file makes the reader raise
+        raise InputError(
+            f"{file} cannot be read as a state dict of tensors ({type(error).__name__}): it is cut off, or another "
+            "kind of file; give a .safetensors file, or a .bin file that holds tensors alone."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise InputError(f"{file} does not hold a state dict: it must map names to tensors and hold nothing else.")
+    return state
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read as JSON ({type(error).__name__}): is it cut off?") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} must hold one JSON object, it holds a {type(value).__name__}.")
+    return value
+
+
+def read_number(config: Mapping[str, Any], key: str, file: Path, least: float = 0.0) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e30:  # nor NaN
+        shown = f"{key[:200]!r} = {str(value)[:80]!r}"
+        raise InputError(f"{file} has {shown}, it must be a number of {least:g} or more.")
+    return value
+
+
+def split_state(state: Mapping[str, Tensor], source: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Tensors of adapted matrices by module, checked against each other, and the rest."""
+    matrices: dict[str, dict[str, Tensor]] = {}
+    rest = {}
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{source} holds NaN or infinite values in {key!r}: it is of a run that diverged.")
+        name, _, leaf = key.rpartition(".")
+        if is_lora(key):
+            matrices.setdefault(name, {})[leaf] = value
+        elif leaf != "ranknum" and not leaf.endswith("position_ids"):  # constants of layer and model
+            rest[key] = value
+    for name, tensors in matrices.items():
+        for leaf in ("lora_A", "lora_B"):
+            if leaf not in tensors:
+                held = f"{name}.{next(iter(tensors))}"
+                raise InputError(f"{source} lacks the key {f'{name}.{leaf}'!r}, but holds {held!r}.")
+            if tensors[leaf].ndim != 2 or not tensors[leaf].is_floating_point():
+                raise InputError(
+                    f"{source} has shape {shape_of(tensors[leaf])} for {f'{name}.{leaf}'!r}, not a matrix of numbers."
+                )
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        if a.shape[0] != b.shape[1] or a.shape[0] < 1:
+            raise InputError(
+                f"{source} has shapes {shape_of(a)} and {shape_of(b)} for lora_A and lora_B of {name!r}: ranks differ."
+            )
+        for leaf in DIAGONALS:
+            if leaf in tensors and tensors[leaf].numel() != a.shape[0]:
+                raise InputError(
+                    f"{source} has shape {shape_of(tensors[leaf])} for {f'{name}.{leaf}'!r}, its rank is {a.shape[0]}."
+                )
+    return matrices, rest
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

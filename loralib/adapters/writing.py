@@ -1,0 +1,71 @@
+"""The writer of files: data go under another name first and are renamed when they are whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
+
+from loralib.errors import InputError
+
+FORMAT_VERSION = 1  # of an adapter's files
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write to a file beside it, wait for the disk, then rename: a reader never sees half a file, not even after a
+    power cut. The mode is the user's usual one."""
+    aside = file.with_name(f".{file.name}.tmp")
+    try:
+        with open(aside, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, file)
+    except OSError:
+        aside.unlink(missing_ok=True)  # of a full disk
+        raise
+
+
+def write_tensors(file: Path, state: Mapping[str, Tensor]) -> None:
+    tensors = {name: t.detach().contiguous().cpu() for name, t in state.items()}
+    write_file(file, save(tensors, metadata={"format": "pt", "version": str(FORMAT_VERSION)}))
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_file(file, (json.dumps(value, indent=2) + "\n").encode())
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise OSError where torch, safetensors or tokenizers cannot write; each has an exception of its own for that."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(" ".join(str(error).split())[:200]) from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers' is
+            raise
+        raise OSError(str(error)[:200]) from error
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder under another name, renamed to `out` when all is written, removed when something fails."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"the output folder {out} exists and is not empty: name another by --out, or remove it.")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with disk_errors():
+            aside.mkdir(parents=True)
+            yield aside
+            os.replace(aside, out)
+    except OSError as error:
+        raise InputError(f"the output folder {out} cannot be written ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
