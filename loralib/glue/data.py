@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,21 @@ def load(
     max_predict_samples: int | None = None,
     cache_dir: str | None = None,
     token: str | bool | None = None,
+    known: Task | None = None,
 ) -> GlueData:
     """Load the splits that a run needs and decide which task they are (ledger D1).
 
     `task_name` decides; without it the last name of the folder `dataset_name` does, if it is a task's and the columns
     fit; else the data is a generic classification or regression task, which the log says. A `dataset_name` that exists
     as a folder is never sent to the hub. Raises InputError for whatever cannot be used.
+
+    `known` is the task of something that is trained already (an adapter, a model, a checkpoint). Its `label_names`,
+    None for a regression, decide the kind and the order of the classes; the file at hand decides neither, and may lack
+    classes or have no labels to predict. Names match whatever their case, surrounding spaces, `_`, `-` and inner
+    spaces. Whole numbers 0 to n - 1 in a file count by the index of the class, which the log says; those of GLUE's own
+    data keep GLUE's order. An empty `text_columns` lets the file decide which columns hold the texts, and empty
+    `metrics` stand for those of the kind. `GlueData.task` then has the order of `known.label_names`, which may differ
+    from `GLUE[task.name].label_names`.
     """
     wanted = {"train": do_train, "validation": do_eval, "test": do_predict}
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_predict_samples}
@@ -108,10 +117,13 @@ def load(
             raise InputError(
                 f"{source}, split {split}, is damaged ({brief(error)}): write it anew, with texts in UTF-8."
             ) from error
-    task = named or _recognise(splits, raw, candidate, source)
+    if known is not None:
+        task = _known_task(known, named, splits, raw, candidate, source)
+    else:
+        task = named or _recognise(splits, raw, candidate, source)
     rows = {}
     for split, dataset in raw.items():
-        checked = _rows(dataset, task, split, source)
+        checked = _rows(dataset, task, split, source, known is not None)
         limit = limits[_kind(split)]
         rows[split] = checked.select(range(min(limit, len(checked)))) if limit is not None else checked
     for kind in ("validation", "test"):
@@ -319,6 +331,41 @@ def _recognise(splits: Splits, raw: dict[str, Dataset], candidate: Task | None, 
     return task
 
 
+def _known_task(
+    known: Task, named: Task | None, splits: Splits, raw: dict[str, Dataset], candidate: Task | None, source: str
+) -> Task:
+    """The task of what is trained already, with the text columns that the data has."""
+    split, dataset = next(iter(raw.items())) if raw else next((split, read()) for split, read in splits.items())
+    glue = named or next(
+        (task for task in (candidate, GLUE.get(known.name)) if task is not None and _fits(dataset, task)), None
+    )
+    if glue is not None:
+        if (glue.label_names is None) != (known.label_names is None) or (
+            glue.label_names is not None
+            and known.label_names is not None
+            and set(map(_plain, glue.label_names)) != set(map(_plain, known.label_names))
+        ):
+            raise InputError(
+                f"{source} is {glue.name} with {_kind_in_words(glue)}, and what is trained knows "
+                f"{_kind_in_words(known)}: use data of the task that it was trained on."
+            )
+        return replace(glue, label_names=known.label_names)
+    texts = known.text_columns
+    if not texts or not set(texts).issubset(dataset.column_names):
+        texts = _guess_texts(dataset, split, source)
+    metrics = known.metrics or (("mse", "pearson", "spearmanr") if known.label_names is None else ("accuracy",))
+    return replace(known, text_columns=texts, metrics=metrics)
+
+
+def _kind_in_words(task: Task) -> str:
+    return "float labels" if task.label_names is None else f"the labels {', '.join(task.label_names)}"
+
+
+def _plain(name: str) -> str:
+    """A label's name without what spellings of one name differ in: case, spaces, `_`, `-`."""
+    return " ".join(re.split(r"[\s_-]+", name.casefold().strip()))
+
+
 def _fits(dataset: Dataset, task: Task) -> bool:
     """Whether the columns are the task's: its texts, and labels that are not of another task by their type."""
     if not set(task.text_columns).issubset(dataset.column_names):
@@ -329,9 +376,7 @@ def _fits(dataset: Dataset, task: Task) -> bool:
     return not (_is_float(feature) and task.label_names is not None)
 
 
-def _generic_task(dataset: Dataset, split: str, source: str) -> Task:
-    if len(dataset) == 0:
-        raise InputError(f"{source}, split {split} has no rows: it needs at least 1.")
+def _guess_texts(dataset: Dataset, split: str, source: str) -> tuple[str, ...]:
     columns = {name: dataset.features[name] for name in dataset.column_names}
     texts = [name for name, feature in columns.items() if _is_text(feature)]
     texts = [name for name in texts if name not in ("label", "idx", "index", "id")]
@@ -343,6 +388,14 @@ def _generic_task(dataset: Dataset, split: str, source: str) -> Task:
             f"{source}, split {split}, has no column of texts among {', '.join(columns) or 'none'}: a GLUE task has "
             f"{'; '.join(' and '.join(known) for known in _TEXTS)}."
         )
+    return names
+
+
+def _generic_task(dataset: Dataset, split: str, source: str) -> Task:
+    if len(dataset) == 0:
+        raise InputError(f"{source}, split {split} has no rows: it needs at least 1.")
+    names = _guess_texts(dataset, split, source)
+    columns = {name: dataset.features[name] for name in dataset.column_names}
     if "label" not in columns:
         way = (
             "give train_file, whose labels are the classes, or task_name"
@@ -367,7 +420,7 @@ def _generic_task(dataset: Dataset, split: str, source: str) -> Task:
     return Task("classification", names, tuple(classes), ("accuracy",))
 
 
-def _rows(dataset: Dataset, task: Task, split: str, source: str) -> Dataset:
+def _rows(dataset: Dataset, task: Task, split: str, source: str, known: bool) -> Dataset:
     """The text columns and checked labels of one split."""
     where = f"{source}, split {split}"
     needed = [*task.text_columns, *(["label"] if _kind(split) != "test" else [])]
@@ -388,7 +441,7 @@ def _rows(dataset: Dataset, task: Task, split: str, source: str) -> Dataset:
                              "others: fill or remove them.")  # fmt: skip
         if empty:
             logger.warning("%s: %d rows have an empty %s, as released.", where, len(empty), name)
-    labels = _labels(dataset, task, where, _kind(split) == "test")
+    labels = _labels(dataset, task, where, _kind(split) == "test", known)
     if isinstance(dataset.features.get("label"), ClassLabel) and labels == _column(dataset, "label"):
         return dataset.select_columns([*task.text_columns, "label"])  # untouched, so that the hub's cache serves
     rows = dataset.select_columns(list(task.text_columns))
@@ -399,7 +452,7 @@ def _column(dataset: Dataset, name: str) -> list[Any]:
     return dataset.select_columns([name])[:][name]
 
 
-def _labels(dataset: Dataset, task: Task, where: str, is_test: bool) -> list[int] | list[float]:
+def _labels(dataset: Dataset, task: Task, where: str, is_test: bool, known: bool) -> list[int] | list[float]:
     """Ids or floats, all -1 for a test split without them; InputError names the first row without a proper label."""
     if is_test and "label" not in dataset.column_names:
         return [-1] * len(dataset)
@@ -419,6 +472,12 @@ def _labels(dataset: Dataset, task: Task, where: str, is_test: bool) -> list[int
     else:
         ids = _label_ids(task)
         allowed = ", ".join(ids)
+        if known:
+            words, by_index = _known_words(words, task)
+            if by_index and not is_test:
+                logger.info(
+                    "%s: its labels are numbers and count by the index of %s.", where, ", ".join(task.label_names)
+                )
         good = [word in ids for word in words]
     if not all(good):
         row = good.index(False)
@@ -431,8 +490,22 @@ def _labels(dataset: Dataset, task: Task, where: str, is_test: bool) -> list[int
 def _label_ids(task: Task) -> dict[str, int]:
     """Class ids by the words that stand for them: their names and, for GLUE's tasks, the ids themselves."""
     names = task.label_names or ()
-    ids = {str(i): i for i in range(len(names))} if task.name in GLUE else {}
+    ids = {}
+    if task.name in GLUE:  # numbers mean GLUE's order, whatever the order of a model
+        order = {_plain(name): i for i, name in enumerate(names)}
+        ids = {str(i): order[_plain(name)] for i, name in enumerate(GLUE[task.name].label_names or ())}
     return ids | {name: i for i, name in enumerate(names)}
+
+
+def _known_words(words: list[str], task: Task) -> tuple[list[str], bool]:
+    """Labels in the spelling of the task's names, and whether numbers stand for the index of a name."""
+    names = task.label_names or ()
+    spelled = {_plain(name): name for name in names}
+    words = [spelled.get(_plain(word), word) for word in words]
+    by_index = {str(i): name for i, name in enumerate(names)}
+    if task.name in GLUE or any(map(_is_number, names)) or not any(word in by_index for word in words):
+        return words, False
+    return [by_index.get(word, word) for word in words], True
 
 
 def _word(value: object) -> str:
