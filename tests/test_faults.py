@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-import loralib.running
-import loralib.trainer
-from loralib.checkpoint import last_checkpoint, lock, unlock
+import loralib.training.checkpoints
+import loralib.training.trainer
 from loralib.errors import InputError, RunDiverged, RunError
 from loralib.sparse import gates
+from loralib.training.lock import lock, unlock
+from loralib.training.manifest import last_checkpoint
 
 TRAIN = runs.rows(24)
 
@@ -236,11 +237,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch:
 
                     monkeypatch.setattr(torch, "save", save)
                     if name == "adapter.safetensors":
-                        monkeypatch.setattr(loralib.trainer, "save_adapter", full)
+                        monkeypatch.setattr(loralib.training.trainer, "save_adapter", full)
                     if name == "trainer_state.json":
                         monkeypatch.setattr(type(state), "save_to_json", full)
                     if name == "checkpoint.json":
-                        monkeypatch.setattr(loralib.running, "write_manifest", full)
+                        monkeypatch.setattr(loralib.training.checkpoints, "write_manifest", full)
 
         run.add_callback(Fill())
         with pytest.raises(

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from loralib.adapters.own import load_adapter, load_method_state, load_trained, save_adapter, save_method_state
 from loralib.adapters.reading import read_state
-from loralib.checkpoint import MANIFEST, last_checkpoint, read_manifest
 from loralib.errors import InputError
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, parse
 from loralib.glue.data import load
+from loralib.training.manifest import MANIFEST, last_checkpoint, read_manifest
 
 MADE_UP = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from loralib.errors import RunDiverged, RunInterrupted
-from loralib.running import LengthGroupedSampler
+from loralib.training.sampling import LengthGroupedSampler
 
 # 43 rows and a global batch of 8: the last one of an epoch has 3 rows, all for the first process.
 TRAIN, EVALUATION = runs.rows(43), runs.rows(9)

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from loralib.checkpoint import MANIFEST, last_checkpoint, read_manifest
 from loralib.errors import InputError, RunInterrupted
+from loralib.training.manifest import MANIFEST, last_checkpoint, read_manifest
 
 # Three steps an epoch: 22 rows in batches of 4, the last of 2, accumulated by twos. Eight steps end within the third.
 STEPS = {"num_train_epochs": 3.0, "max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 1}
@@ -207,15 +207,15 @@ def test_older_checkpoints_go_only_after_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[str]] = {}
-    import loralib.running
+    import loralib.training.checkpoints
 
-    write = loralib.running.write_manifest
+    write = loralib.training.checkpoints.write_manifest
 
     def observed(folder: Path, content: Any) -> None:
         seen[folder.name] = sorted(p.name for p in folder.parent.glob("checkpoint-*") if (p / MANIFEST).exists())
         write(folder, content)
 
-    monkeypatch.setattr(loralib.running, "write_manifest", observed)
+    monkeypatch.setattr(loralib.training.checkpoints, "write_manifest", observed)
     make("lora", tmp_path, save_steps=2, save_total_limit=1).train()
     assert seen == {f"checkpoint-{s}": [f"checkpoint-{s - 2}"] if s > 2 else [] for s in (2, 4, 6, 8)}
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]

@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loralib.checkpoint import LOCK_FILE, last_checkpoint, lock, read_manifest
 from loralib.errors import InputError
 from loralib.glue import card
 from loralib.glue.flags import GlueTrainingArguments
+from loralib.training.lock import LOCK_FILE, lock
+from loralib.training.manifest import last_checkpoint, read_manifest
 
 if TYPE_CHECKING:
     from loralib.glue.run import Run

@@ -14,7 +14,7 @@ import transformers
 
 from loralib.adapt import parameters
 from loralib.glue.machine import git_commit, hardware, versions
-from loralib.trainer import LoRATrainer
+from loralib.training.trainer import LoRATrainer
 
 if TYPE_CHECKING:
     from loralib.glue.run import Run

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from loralib.adapt import parameters
-from loralib.checkpoint import unlock
 from loralib.deberta import unpad
 from loralib.errors import InputError, RunError
 from loralib.glue import card
@@ -35,7 +34,8 @@ from loralib.glue.record import write_run
 from loralib.glue.tasks import Task
 from loralib.glue.tokens import tokenize
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
-from loralib.trainer import LoRATrainer
+from loralib.training.lock import unlock
+from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from loralib.adapters.own import load_adapter
-from loralib.checkpoint import last_checkpoint
 from loralib.glue.folder import clear_output_dir
 from loralib.glue.record import RUN_FILE
 from loralib.glue.run import Run
-from loralib.trainer import LoRATrainer
+from loralib.training.manifest import last_checkpoint
+from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
 

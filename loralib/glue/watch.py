@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from loralib.adapt import adapted_layers, ranks
 from loralib.glue.data import GlueData
 from loralib.spectrum import effective_rank, singular_values
-from loralib.trainer import LoRATrainer
+from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
 

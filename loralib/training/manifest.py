@@ -1,10 +1,9 @@
-"""Checkpoints that are complete or recognised as not: a manifest written last, what may resume from it, and a lock.
+"""Checkpoints that are complete or recognised as not: the list of a checkpoint's files is written last.
 
 A checkpoint folder counts once `checkpoint.json` is in it: the format's version, the step, the settings that decide the
 run's numbers, the running sums of the logs, and size and SHA-256 of every other file.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -12,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from loralib.errors import InputError
 
@@ -20,10 +19,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 MANIFEST_VERSION = 1
-LOCK_FILE = ".lock"
-
-
-# ---- manifest ----
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -99,89 +94,12 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
+def last_good(output_dir: str | Path) -> str:
+    """For a message: which checkpoint a run goes on from."""
+    last = last_checkpoint(output_dir)
+    return f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- settings ----
-
-
-def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuse to resume a run whose settings differ: its end would equal neither run's.
-
-    Raises:
-        InputError: names each setting that differs, with both values.
-    """
-    names = ["method"] if saved.get("method") != own.get("method") else sorted({*saved, *own})
-    differing = [_difference(n, saved.get(n), own.get(n)) for n in names if saved.get(n) != own.get(n)]
-    if not differing:
-        return
-    why = ""
-    if any(saved.get(n) != own.get(n) for n in ("world_size", "n_gpu")):
-        why = " (another number of processes would deal other rows and random numbers to each)"
-    more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
-    raise InputError(
-        f"checkpoint {folder} belongs to a run with other settings: {'; '.join(differing[:6])}{more}{why}: go back to "
-        "them, name another --output_dir, or start over with --overwrite_output_dir."
-    )
-
-
-def _difference(name: str, saved: Any, own: Any) -> str:
-    if isinstance(saved, list) and isinstance(own, list):
-        lost, new = [x for x in saved if x not in own], [x for x in own if x not in saved]
-        parts = [
-            f"{len(saved)} then, {len(own)} now",
-            *(f"without {x}" for x in lost[:1]),
-            *(f"with {x}" for x in new[:1]),
-        ]
-        return f"{name}: {', '.join(parts)}"
-    return f"{name} was {saved!r}, is {own!r}"
-
-
-# ---- lock ----
-
-_held: dict[str, IO[str]] = {}  # one process may run one after the other in one folder
-
-
-def lock(folder: str | Path) -> None:
-    """Reserve an output folder for this process. The kernel lets go when the process ends, however it ends.
-
-    Raises:
-        InputError: another process holds it, or the folder cannot be written to.
-    """
-    folder = Path(folder)
-    key = str(folder.resolve())
-    if key in _held:
-        return
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file: name a folder.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - held open while the run lasts
-    except OSError as error:
-        raise InputError(
-            f"output_dir {folder} cannot be written to ({error.strerror or error}): name a folder that can."
-        ) from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers that outlive a killed run would keep it
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        owner = file.read(200).strip() or "unknown"
-        file.close()
-        raise InputError(
-            f"output_dir {folder} is in use by another run ({owner}): wait for its end or name another folder."
-        ) from error
-    except OSError as error:  # a file system without locks
-        logger.warning("%s takes no lock (%s): see to it that no second run writes there", folder, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
-    _held[key] = file
-
-
-def unlock(folder: str | Path) -> None:
-    """Let go of a folder that `lock` reserved."""
-    file = _held.pop(str(Path(folder).resolve()), None)
-    if file is not None:
-        file.close()

@@ -1,0 +1,133 @@
+"""Checkpoints: written so that a killed run or a full disk leaves the last good one, and counted once complete."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.trainer_utils import rotate_checkpoints
+
+from loralib.adapters.own import load_method_state, save_method_state
+from loralib.errors import RunError
+from loralib.training.guards import Guards
+from loralib.training.manifest import last_good, write_manifest
+from loralib.training.settings import NUMERIC_ARGUMENTS
+
+
+class Stateful(Protocol):
+    """A method's piece whose state belongs into a checkpoint (an allocator, say)."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None: ...
+
+    def restart(self) -> None: ...
+
+
+class RunningSums(Protocol):
+    """Sums behind the next log, as JSON values."""
+
+    def progress(self) -> dict[str, Any]: ...
+
+    def restore(self, progress: Mapping[str, Any]) -> None: ...
+
+
+class Checkpoints(Guards):
+    """Writes checkpoints that count once their manifest is there; only then older ones are removed."""
+
+    def __init__(
+        self,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        method_state: dict[str, Stateful] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.settings = dict(settings or {})
+        self.method_state = method_state or {}
+        self.running_sums: list[RunningSums] = []
+        self._epoch_over = False
+        self._save_due = False
+        self._saved: list[Path] = []  # checkpoints since training began
+        self._train_began = time.time()
+
+    def numeric_settings(self) -> dict[str, Any]:
+        """All that decides the run's numbers, as JSON values."""
+        own = self.settings | {name: getattr(self.args, name) for name in NUMERIC_ARGUMENTS}
+        rows = self.train_dataset
+        some = json.dumps([rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})], sort_keys=True, default=str)
+        own |= {"train_rows": len(rows), "train_data": hashlib.sha256(some.encode()).hexdigest()[:12]}
+        return json.loads(json.dumps(own, default=str))
+
+    def _progress(self) -> dict[str, Any]:
+        own = {name: value for sums in self.running_sums for name, value in sums.progress().items()}
+        return own | {
+            "losses": self.accelerator.gather(self._tr_loss.view(1)).tolist(),
+            "total_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "seconds": time.time() - self._train_began,
+            "finished": bool(self.control.should_training_stop or self.state.global_step >= self.state.max_steps),
+        }
+
+    def _awaits_end_of_epoch(self) -> bool:
+        """Whether a checkpoint has to wait until the end of the epoch has evaluated and logged (exact resume)."""
+        ends = self.control.should_training_stop or float(self.state.epoch or 0).is_integer()
+        return ends and not self._epoch_over
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As stock, for what this project trains with; older versions cannot load for several processes on the CPU."""
+        if checkpoint is None:
+            return
+        for name, piece in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            piece.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+        if self.method_state:
+            states = load_method_state(checkpoint)
+            for name, piece in self.method_state.items():
+                piece.load_state_dict(states.get(name, {}))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.method_state:
+            save_method_state({k: v.state_dict() for k, v in self.method_state.items()}, output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint; it counts once its manifest is there, and only then older ones are removed."""
+        if self._awaits_end_of_epoch():
+            self._save_due = True
+            return
+        self._save_due = False
+        self.check_finite()
+        progress = self._progress()
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.args.should_save and folder.exists():  # what a killed run left
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                content = {"step": self.state.global_step, "settings": self.numeric_settings(), "progress": progress}
+                write_manifest(folder, content)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            raise RunError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {folder} "
+                f"({' '.join(str(error).split())[:200]}): {last_good(self.args.output_dir)}; make room, and the same "
+                "command goes on from it."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        self._saved.append(folder)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(
+                output_dir=str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()  # nobody ends a run while the first process still writes

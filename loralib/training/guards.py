@@ -1,0 +1,100 @@
+"""Stops a run at the first loss or gradient that is not finite, and warns when no parameter moves."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from loralib.errors import RunDiverged
+from loralib.training.manifest import last_good
+
+logger = logging.getLogger(__name__)
+
+
+class Guards(Trainer):
+    """Keeps every loss and gradient norm on the device and looks at them where one logs or saves."""
+
+    # The stock annotations are unions with None that hold for a Trainer without a model or data.
+    args: Any
+    model: Any
+    train_dataset: Any
+    processing_class: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._watched: list[tuple[int, Tensor]] = []  # (step, scalar on the device) since the last look
+        self.add_callback(MovementWatch(self))
+        if self.args.fp16 and self.args.device.type == "cpu":
+            logger.warning("--fp16 has no effect on the CPU, this run computes in float32: --bf16 works there.")
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that train."""
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def _watch(self, value: Tensor) -> None:
+        """Keep a loss or norm of this step; looked at together, so a step costs no operation and no waiting."""
+        self._watched.append((self.state.global_step, value.detach()))
+        if len(self._watched) >= 2000:  # where nothing is logged or saved
+            self.check_finite()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # an fp16 scaler meets infinity and skips the step
+        if isinstance(norm, Tensor) and self.accelerator.scaler is None:
+            self._watch(norm)
+        return norm
+
+    def check_finite(self) -> None:
+        """Stop the run when a loss or gradient norm was not finite.
+
+        The values are kept on the device and read only here, where one logs or saves.
+
+        Raises:
+            RunDiverged: names the first step in question and the last good checkpoint; on all processes together.
+        """
+        never = 2**62
+        first = torch.full((1,), never, device=self.args.device)
+        if self._watched:
+            steps = torch.tensor([step for step, _ in self._watched], device=self.args.device)
+            finite = torch.isfinite(torch.stack([value.to(self.args.device) for _, value in self._watched]))
+            first = torch.where(finite, never, steps).min().view(1)
+            self._watched = []
+        step = int(self.accelerator.gather(first).min())
+        if step < never:
+            raise RunDiverged(
+                f"the loss or its gradient became NaN or infinite at step {step + 1} (noticed at step "
+                f"{self.state.global_step}, learning rate {self._get_learning_rate():.3g}): "
+                f"{last_good(self.args.output_dir)}; lower --learning_rate, warm up, or use bf16 or float32, not fp16."
+            )
+
+
+class MovementWatch(TrainerCallback):
+    """Warns when no trainable parameter moved in the first `STEPS` steps."""
+
+    STEPS = 10
+
+    def __init__(self, trainer: Guards) -> None:
+        self.trainer = trainer
+
+    def _norms(self) -> Tensor:
+        return torch.stack(torch._foreach_norm([p.detach() for _, p in self.trainer.trainable()]))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.check_at = min(state.global_step + self.STEPS, state.max_steps)
+        self.norms = self._norms()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.check_at:
+            if torch.equal(self.norms, self._norms()) and state.is_world_process_zero:
+                logger.warning(
+                    "no trainable parameter moved until step %d: learning_rate is %g, max_grad_norm %g, fp16 %s",
+                    state.global_step,
+                    args.learning_rate,
+                    args.max_grad_norm,
+                    args.fp16,
+                )

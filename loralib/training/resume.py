@@ -1,0 +1,171 @@
+"""Exact resume: a run that goes on from a checkpoint ends bitwise as if it had not been stopped.
+
+The places where the stock Trainer does not hold that are marked "exact resume". No loop is copied: all of it is
+overrides and one callback.
+"""
+
+import logging
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from loralib.errors import InputError, RunError
+from loralib.training.manifest import last_checkpoint, read_manifest
+from loralib.training.sampling import Sampling
+from loralib.training.settings import check_settings
+from loralib.training.sigterm import StopOnSigterm
+
+logger = logging.getLogger(__name__)
+
+
+class ExactResume(StopOnSigterm, Sampling):
+    """A stock Trainer with exact resume, crash-safe checkpoints, and guards; it knows nothing of adapters.
+
+    It stops at the first loss or gradient that is not finite, and warns when nothing moves in the first ten steps.
+
+    Args:
+        settings: what decides the run's numbers beside `args` (the method's flags, the data): plain JSON values. A
+            checkpoint with other ones is refused.
+        method_state: pieces whose state a checkpoint keeps, by name.
+        kwargs: as the stock Trainer.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._resumed: tuple[str, dict[str, Any]] | None = None  # checkpoint and its progress
+        self._initial: dict[str, Any] | None = None  # for auto_find_batch_size
+        self._finished = False
+        self.add_callback(Boundaries(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock `train`; on SIGTERM it finishes the step, saves a checkpoint and raises.
+
+        Raises:
+            InputError: the checkpoint is incomplete, or of a run with other settings; the message names them.
+            RunDiverged: a loss or gradient is not finite.
+            RunInterrupted: SIGTERM.
+            RunError: a checkpoint could not be written.
+        """
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            if found is None:
+                raise InputError(f"output_dir {self.args.output_dir} holds no complete checkpoint to resume from.")
+            resume_from_checkpoint = str(found)
+        self._resumed = None
+        if resume_from_checkpoint:
+            manifest = read_manifest(Path(resume_from_checkpoint))
+            check_settings(Path(resume_from_checkpoint), manifest["settings"], self.numeric_settings())
+            if "optimizer.pt" not in manifest["files"]:
+                raise InputError(
+                    f"checkpoint {resume_from_checkpoint} holds the model alone (--save_only_model), so no run can go "
+                    "on from it: start over with --overwrite_output_dir."
+                )
+            self._resumed = (str(resume_from_checkpoint), manifest["progress"])
+        self._initial = None
+        with self.sigterm_stops():
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.auto_find_batch_size:  # the loop is entered again with a smaller batch
+            if self._initial is None:
+                self._initial = {
+                    "parameters": {n: p.detach().cpu().clone() for n, p in self.trainable()},
+                    "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                }
+            else:
+                self.start_over()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def start_over(self) -> None:
+        """Go back to before the first step: parameters, random states, optimizer, and no checkpoint of the attempt.
+
+        Raises:
+            RunError: the attempt went on from a checkpoint, whose steps a smaller batch cannot continue.
+        """
+        if self._resumed is not None:
+            raise RunError(
+                f"the batch of {self._resumed[0]} does not fit into memory any more: free some, or start over with "
+                "--overwrite_output_dir."
+            )
+        assert self._initial is not None
+        logger.warning("the batch does not fit into memory: starting over with a smaller one")
+        with torch.no_grad():
+            for name, p in self.trainable():
+                p.copy_(self._initial["parameters"][name])
+                p.grad = None
+        python, numpy, cpu = self._initial["random"]
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if self._initial["cuda"]:
+            torch.cuda.set_rng_state_all(self._initial["cuda"])
+        self.optimizer = self.lr_scheduler = None
+        for piece in self.method_state.values():
+            piece.restart()
+        for folder in self._saved:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def begin(self) -> None:
+        """Set the running sums to 0 or to what the checkpoint holds (exact resume); called when training begins."""
+        self._watched = []
+        self._finished = self._save_due = False
+        self._saved = []
+        self._train_began = time.time()
+        for sums in self.running_sums:
+            sums.restore(self._resumed[1] if self._resumed else {})
+        if self._resumed is None:
+            return
+        checkpoint, progress = self._resumed
+        self._tr_loss.fill_(progress["losses"][self.args.process_index])
+        self._total_loss_scalar = progress["total_loss"]
+        self._globalstep_last_logged = progress["logged_step"]
+        self._initial_global_step = 0  # train_loss is the mean over the whole run ...
+        self._train_began -= progress["seconds"]  # ... and so are its seconds
+        self._finished = progress["finished"]
+        if self._finished:
+            self._load_rng_state(checkpoint)  # the stock Trainer does so only where it enters an epoch
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._epoch_over = False
+        if self._finished:  # the stock loop would make one step more
+            self.control.should_training_stop = True
+            return
+        if self._length_sampler is not None:
+            self._length_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step:  # --eval_on_start: not at every restart
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        # the stock Trainer would add this process's own share
+        self._tr_loss = self.accelerator.gather(self._tr_loss.view(1)).mean()
+        return super()._finalize_training(trial, num_train_samples, min(start_time, self._train_began))
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, by the Trainer's own rule."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+
+class Boundaries(TrainerCallback):
+    """The trainer's own places in the stock loop: where training begins, and where an epoch has ended."""
+
+    def __init__(self, trainer: ExactResume) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._epoch_over = True
+        if self.trainer._save_due:
+            control.should_save = True

@@ -1,0 +1,93 @@
+"""Which rows a step sees: every row once an epoch, on any number of processes and after a resume."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from loralib.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+OWN_ROWS = "own_rows"  # of a batch's first rows: how many count, and their share in the mean over all processes
+
+
+class Sampling(Trainer):
+    """Several processes count every row once, and length grouping draws the same order again after a resume."""
+
+    args: Any
+    train_dataset: Any
+    processing_class: Any
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._length_sampler: LengthGroupedSampler | None = None
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        if len(dataloader) == 0:
+            rows, batch = len(self.train_dataset), self._train_batch_size * args.world_size
+            raise InputError(
+                f"{rows} training rows fill no batch of {batch} and --dataloader_drop_last leaves them out: drop the "
+                "flag or lower --per_device_train_batch_size."
+            )
+        return super().set_initial_training_values(args, dataloader)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """As stock, but length grouping draws from (seed, epoch): the same on every process and after a resume."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        names = self.processing_class.model_input_names if self.processing_class is not None else ["input_ids"]
+        table = hasattr(dataset, "column_names")  # a Dataset reads one column much faster than its rows
+        lengths = [len(ids) for ids in (dataset[names[0]] if table else (row[names[0]] for row in dataset))]
+        if min(lengths) == max(lengths):
+            logger.warning(
+                "all rows have length %d, so grouping by length does nothing: --pad_to_max_length False", lengths[0]
+            )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._length_sampler = LengthGroupedSampler(lengths, self.get_total_train_batch_size(self.args), seed)
+        return self._length_sampler
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """As stock, but the last batch of an epoch counts every row once when several processes share it.
+
+        Each gets a full batch there, filled up with rows from the epoch's start. These are marked here and left out of
+        the loss, which is weighted so that the average over processes is the mean over the rows that are left.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        args = self.args
+        left = len(self.train_dataset) % (self._train_batch_size * args.world_size)
+        ends = self.accelerator.gradient_state.end_of_dataloader
+        uneven = left and not args.dataloader_drop_last and args.train_sampling_strategy != "batch_rebalance"
+        if args.world_size > 1 and uneven and ends and batches:
+            own = min(max(left - args.process_index * self._train_batch_size, 0), self._train_batch_size)
+            batches[-1][OWN_ROWS] = (own, own * args.world_size / left)
+        return batches, items
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Rows of about equal length together: the stock rule (shuffle, then sort within large groups), drawn from
+    (seed, epoch) instead of the global generator, so that every process and every resumed run draws the same order.
+
+    Args:
+        lengths: of every row.
+        batch_size: rows of one optimizer step over all processes.
+        seed: the run's.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.epoch) % 2**63)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=draw))

@@ -1,0 +1,216 @@
+"""The trainer of adapted models: a penalty beside the task loss, and checkpoints that hold the adapter alone.
+
+No loop is copied: everything here is an override of the stock Trainer's, and no method is named.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations import TensorBoardCallback
+
+from loralib.adapt import adapted_layers
+from loralib.adapters.own import load_adapter, save_adapter
+from loralib.adapters.writing import disk_errors
+from loralib.training.resume import ExactResume
+from loralib.training.sampling import OWN_ROWS
+
+
+def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over classes, or mean squared error for one output; in float32.
+
+    The stock DeBERTa model computes the same inside its forward, where picking the labelled rows costs a graph break
+    and a synchronisation.
+
+    Args:
+        logits: (batch, classes), or (batch, 1) for regression.
+        labels: (batch,).
+    """
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.view(-1).float(), labels.view(-1).float())
+    return F.cross_entropy(logits.float(), labels.view(-1), label_smoothing=label_smoothing)
+
+
+class PenaltyState:
+    """The penalty of the accumulation group at hand, and its mean since the last log, which stays on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.now: tuple[Tensor, list[nn.Parameter], list[Tensor]] | None = None  # value, parameters, gradients
+        self.sum = torch.zeros((), device=device)
+        self.steps = 0
+
+    def add(self, value: Tensor) -> None:
+        """Count the penalty (a scalar) of one optimizer step."""
+        self.sum += value
+        self.steps += 1
+
+    def take(self) -> float:
+        """The mean, and start again."""
+        mean = (self.sum / self.steps).item()
+        self.restore({})
+        return mean
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"penalty_sum": self.sum.item(), "penalty_steps": self.steps}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Set the sum to what a checkpoint holds, or to 0."""
+        self.now = None
+        self.sum.fill_(progress.get("penalty_sum", 0.0))
+        self.steps = progress.get("penalty_steps", 0)
+
+
+class LoRATrainer(ExactResume):
+    """Trainer of an adapted (or, without `adapter`, of a fully fine-tuned) sequence classifier.
+
+    Args:
+        penalty: returns a scalar from the model's factors; its gradient enters at the end of each accumulation group,
+            before clipping, exactly as if `penalty_coef * penalty()` were part of every micro-batch's loss.
+        penalty_coef: weight of the penalty; with 0 it is not computed (ledger L7).
+        penalty_name: name under which the unweighted penalty is logged.
+        make_optimizer: builds the run's one optimizer from the trainer, instead of the stock choice by flags.
+        adapter: facts for the adapter's config file (method, r, alpha, ...); None for full fine-tuning.
+        kwargs: as `ExactResume` and the stock Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        penalty: Callable[[], Tensor] | None = None,
+        penalty_coef: float = 0.0,
+        penalty_name: str = "penalty",
+        make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+        adapter: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        # DeBERTa's forward takes **kwargs, which the Trainer reads as "divides its loss itself"; ours does not.
+        self.model_accepts_loss_kwargs = False
+        self.penalty = penalty if penalty_coef else None
+        self.penalty_coef, self.penalty_name = penalty_coef, penalty_name
+        self.make_optimizer = make_optimizer
+        self.adapter = adapter
+        self._penalties = PenaltyState(self.args.device)
+        self.running_sums.append(self._penalties)
+        method = "full" if adapter is None else adapter.get("method", "full")
+        self.settings |= {"method": method, "modules": [name for name, _ in adapted_layers(self.model)]}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and getattr(self.args, "logging_dir", None) is not None:
+                callback.logging_dir = self.args.logging_dir
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.make_optimizer is not None:
+            self.optimizer = self.make_optimizer(self)
+        return super().create_optimizer(model)
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(**{k: v for k, v in inputs.items() if k not in ("labels", OWN_ROWS)})
+        logits, labels = outputs["logits"], inputs["labels"]
+        if OWN_ROWS in inputs:
+            own, share = inputs[OWN_ROWS]
+            logits, labels = logits[: max(own, 1)], labels[: max(own, 1)]  # of none, one row with the share 0
+            loss = task_loss(logits, labels, self.args.label_smoothing_factor) * share
+        else:
+            loss = task_loss(logits, labels, self.args.label_smoothing_factor)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.penalty is not None:
+            if self._penalties.now is None:  # parameters stay the same within a group: once is enough
+                self._penalties.now = self._differentiate(self.penalty)
+            value, parameters, gradients = self._penalties.now
+            loss = loss + self.penalty_coef * value / self.current_gradient_accumulation_steps
+            if self.accelerator.sync_gradients:
+                # After the last backward: processes have averaged their gradients, and the penalty's, the same on all
+                # of them, counts once.
+                scaler = self.accelerator.scaler
+                if scaler is not None:
+                    gradients = list(torch._foreach_mul(gradients, scaler._scale))
+                own: list[Any] = [p.grad for p in parameters]
+                torch._foreach_add_(own, gradients, alpha=self.penalty_coef)
+                self._penalties.add(value)
+                self._penalties.now = None
+        self._watch(loss)
+        return loss
+
+    def _differentiate(self, penalty: Callable[[], Tensor]) -> tuple[Tensor, list[nn.Parameter], list[Tensor]]:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        with torch.autocast(self.args.device.type, enabled=False):
+            value = penalty()
+            gradients = torch.autograd.grad(value, trainable, allow_unused=True)
+        pairs = [(p, g) for p, g in zip(trainable, gradients, strict=True) if g is not None]
+        return value.detach(), [p for p, _ in pairs], [g for _, g in pairs]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, but several processes count each row once in the loss, as they do in the metrics."""
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        loss = next((name for name in output.metrics if name.endswith("_loss")), None)
+        if self.args.world_size > 1 and loss and isinstance(output.predictions, np.ndarray):
+            logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+            output.metrics[loss] = task_loss(logits, labels, self.args.label_smoothing_factor).item()
+        return output
+
+    # ---- logs ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.is_in_train:
+            self.check_finite()
+        if "loss" in logs and self._penalties.steps:
+            mean = self._penalties.take()
+            logs["task_loss"] = logs["loss"] - self.penalty_coef * mean
+            logs[self.penalty_name] = mean
+        elif "loss" in logs:
+            logs["task_loss"] = logs["loss"]
+        super().log(logs, start_time)
+
+    def add_scalars(self, values: Mapping[str, float]) -> None:
+        """Write values to TensorBoard under these very names, at the current step, where TensorBoard is on."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for name, value in values.items():
+                    callback.tb_writer.add_scalar(name, value, self.state.global_step)
+
+    # ---- files ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        with disk_errors():
+            if self.adapter is None:
+                super()._save(output_dir, state_dict)
+            elif self.args.should_save:
+                save_adapter(self.model, folder, self.adapter)
+                self.model.config.save_pretrained(folder)
+                # Once, with the result: DeBERTa-v3's takes 11 MB, more than the adapter, and no checkpoint needs it.
+                if self.processing_class is not None and folder == Path(self.args.output_dir):
+                    self.processing_class.save_pretrained(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: --push_to_hub sends the finished run once, at its end."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_adapter(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.adapter is None:
+            super()._load_best_model()
+        else:
+            load_adapter(self.model, str(self.state.best_model_checkpoint))
