@@ -25,6 +25,7 @@ setup(
         "scipy>=1.13",
         "numpy>=1.26",
         "pyarrow>=21",
+        "pandas>=2.2",  # the report's tables
         "sentencepiece>=0.2",  # with protobuf: reads spm.model, DeBERTa-v3's only tokenizer file
         "protobuf>=5.26",
         "tensorboard>=2.18",

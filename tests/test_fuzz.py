@@ -313,9 +313,9 @@ def swapped(value: Any, draw: random.Random) -> Any:
 
 def test_broken_results_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A report is made all the same, from the runs that are whole, and it names the one that is not."""
-    import report
+    from loralib.report import page
 
-    monkeypatch.setattr(report, "draw", lambda *a: ([], []))  # seconds each
+    monkeypatch.setattr(page, "draw", lambda *a: ([], []))  # seconds each
     epochs = [
         {"eval_accuracy": 0.5 + e / 10, "eval_f1": 0.6, "eval_loss": 0.7, "rank_total": 9, "epoch": e, "step": 4 * e}
         for e in (1, 2)
@@ -344,5 +344,5 @@ def test_broken_results_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for number, content in enumerate([*contents, *mutations(json.dumps(results, indent=1).encode(), 60)]):
         path.write_bytes(content)
         for selection in ("last", "best"):
-            report.report(tmp_path, tmp_path / "out", selection)
+            page.report(tmp_path, tmp_path / "out", selection)
         assert "lora" in (tmp_path / "out" / "report.md").read_text(), number

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors.numpy import save_file
 from scipy import stats
 
-from loralib.glue import figures
-from loralib.spectrum import adapter_spectra, effective_rank, singular_values
+from loralib.report import comparison, figures, page
+from loralib.report.spectrum import adapter_spectra, effective_rank, singular_values
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
@@ -77,7 +78,7 @@ def make_run(
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at tables alone."""
-    monkeypatch.setattr(report, "draw", lambda *_: ([], []))
+    monkeypatch.setattr(page, "draw", lambda *_: ([], []))
 
 
 def text_of(root: Path, *args: str) -> str:
@@ -124,11 +125,11 @@ def test_paired_interval_is_scipys() -> None:
     rng = np.random.default_rng(3)
     ours, theirs = rng.normal(1, 1, 6), rng.normal(0, 1, 6)
     # seed 9 has no partner and does not count
-    n, mean, half = report.paired(dict(enumerate(ours)) | {9: 100.0}, dict(enumerate(theirs)))
+    n, mean, half = comparison.paired(dict(enumerate(ours)) | {9: 100.0}, dict(enumerate(theirs)))
     interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert n == 6 and (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
-    assert report.verdict(2, 5.0, float("inf")) == "too small to tell (n = 2)"
-    assert [report.verdict(5, m, 1.0) for m in (-2, 0.5, 2)] == ["lower", "no difference seen", "higher"]
+    assert comparison.verdict(2, 5.0, float("inf")) == "too small to tell (n = 2)"
+    assert [comparison.verdict(5, m, 1.0) for m in (-2, 0.5, 2)] == ["lower", "no difference seen", "higher"]
 
 
 def test_published_rows_average_as_the_papers_say() -> None:
@@ -250,6 +251,85 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path, capsys: p
     assert report.main([str(tmp_path), "--out", str(tmp_path / "file" / "below")]) == 2
     error = capsys.readouterr().err
     assert "the report cannot be written" in error and "--out" in error and len(error.splitlines()) == 1
+
+
+HOSTILE = r"$\frac{x <b>|`__init__` =cmd"
+
+
+def test_a_bad_folder_costs_itself_alone(tmp_path: Path) -> None:
+    """Every folder that is not as this project writes it is listed with its reason; the rest is reported and drawn."""
+    good = make_run(tmp_path / "good", "lora")
+    deep = "[" * 100_000
+    broken = {
+        "nested": '{"version": 1, "metrics": ' + deep,
+        "mapping": json.dumps(good | {"steps": {"a": 1}}),
+        "rank": json.dumps(good | {"arguments": {"lora_r": {}}}),
+        "null": json.dumps(good | {"arguments": None}),
+        "list": "[]",
+        "binary": "\0\0",
+    }
+    for name, text in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    (tmp_path / "folder" / "run.json").mkdir(parents=True)
+    for name, kind in (("stage-last", "odd"), ("stage-0", "stages")):  # only stage-N is a stage
+        make_run(tmp_path / kind, "sora", seed=5)
+        make_run(tmp_path / kind / name, "sora", status="finished" if kind == "odd" else 3)
+    make_run(tmp_path / "points", "sora", task="sst2", stages=[{}, {"lambda": 1.0}])  # a curve without its numbers
+    text = text_of(tmp_path)
+    listed = text[text.index("## Runs that do not count") :]
+    for name, reason in (
+        ("nested", "its results file is cut short or no JSON"),
+        ("mapping", "its results file is not one of this project's: steps is no number"),
+        ("rank", "arguments.lora_r is no number"),
+        ("null", "arguments is no mapping"),
+        ("list", "is not one of this project's (version 1)"),
+        ("binary", "cut short or no JSON"),
+        ("folder", "its results file cannot be read: Is a directory"),
+        ("stages", "the results file of its stage-0 is not one of this project's: status is no text"),
+    ):
+        (line,) = (line for line in listed.splitlines() if line.startswith(f"- `{name}`: "))
+        assert reason in line
+    assert "`good`" not in listed and f"{100 * good['metrics']['eval_accuracy']:.2f}" in text
+    assert "(curves_rte.png)" in text and "The figure lambda_sst2_sora could not be drawn" in text
+
+
+def test_names_of_users_are_text_everywhere(tmp_path: Path) -> None:
+    """Formulas, HTML, bars and backticks in names and logs; formulas of a spreadsheet; too many modules; bf16."""
+    for seed in (1, 2):
+        make_run(tmp_path / f"a`b|c{seed}", HOSTILE, task="=2+3", seed=seed)
+    modules = {f"model.{i}.part{i % 700}": {"rank": i % 8} for i in range(3000)}
+    make_run(tmp_path / "many", "adalora", parameters={"trainable": 1, "lora": 1, "remaining": 1, "modules": modules})
+    failed = tmp_path / "<img src=x>"
+    failed.mkdir()
+    (failed / "run.log").write_text("error: <script>alert(1)</script> | $\\alpha$ [a](b)\n")
+    text = text_of(tmp_path)
+    outside = re.sub(r"`+[^`].*?`+", "", text)  # a code span shows what it holds
+    assert "<" not in outside.replace("±", "") and "could not be drawn" not in text
+    assert r"\$\\frac\{x &lt;b&gt;\|\`\_\_init\_\_\` =cmd" in text
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \$\\alpha\$ \[a\](b)" in text
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| =2")}
+    assert len(widths) == 2  # differences and costs: no row has more bars than its table
+    with open(tmp_path / "report.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["task"] for line in lines if line["seed"]] == ["'=2+3", "'=2+3", "rte"]
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert re.fullmatch(r"[\w.=-]+\.png", name) and (tmp_path / name).stat().st_size > 5000
+
+
+def test_adapters_in_bf16_have_a_spectrum(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    A, B = torch.randn(3, 10).bfloat16(), torch.randn(6, 3).bfloat16()
+    save_tensors({"x.lora_A": A, "x.lora_B": B}, tmp_path / "adapter.safetensors")
+    (tmp_path / "adapter.json").write_text('{"scaling": {"x": 0.5}}')
+    expected = torch.linalg.svdvals(0.5 * B.double() @ A.double())[:3].numpy()
+    np.testing.assert_allclose(adapter_spectra(tmp_path)["x"], expected, atol=1e-12)
+    for text in ("{}", "[" * 100_000, '{"scaling": {}}', '{"scaling": {"x": "a"}}', '{"scaling": 3}'):
+        (tmp_path / "adapter.json").write_text(text)
+        with pytest.raises(ValueError, match="adapter"):
+            adapter_spectra(tmp_path)
 
 
 def test_report_does_not_wait_for_torch() -> None:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from loralib.adapt import adapted_layers, ranks
 from loralib.glue.data import GlueData
-from loralib.spectrum import effective_rank, singular_values
+from loralib.report.spectrum import effective_rank, singular_values
 from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class WatchCallback(TrainerCallback):
     def _draw(self, left: dict[str, int], most: int) -> None:
         writers = [c.tb_writer for c in self.trainer.callback_handler.callbacks if getattr(c, "tb_writer", None)]
         if writers:
-            from loralib.glue.figures import as_image, rank_heatmap
+            from loralib.report.figures import as_image, rank_heatmap
 
             image = as_image(rank_heatmap(left, "rank left of each matrix", most))
             for writer in writers:

@@ -16,6 +16,20 @@ METHODS = ("lora", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "lora-orth", "
 Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # x, mean and standard deviation of y
 
 
+MOST_INCHES = 60.0  # a side of a figure; a longer one would not fit into an image file
+MOST_CELLS = 60  # rows or columns of a heatmap that still have names and numbers
+
+
+def shown(text: str) -> str:
+    """A name as matplotlib prints it: no formula, and no leading underscore, which a legend leaves out."""
+    plain = "".join(c if c.isprintable() or c == "\n" else " " for c in text).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(min(width, MOST_INCHES), min(height, MOST_INCHES)), layout="constrained")
+
+
 def style(name: str, names: Sequence[str]) -> dict[str, Any]:
     """Colour and marker of a line: by its method, else by its place among `names`."""
     method = name.partition(" ")[0]
@@ -47,15 +61,17 @@ def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[int], np.ndar
 def rank_heatmap(ranks: Mapping[str, float], title: str, most: float) -> Figure:
     """Layer x module: what is left of each matrix's rank, 0 to `most`, with the number in each cell."""
     kinds, layers, values = rank_grid(ranks)
-    figure = Figure(figsize=(3.2 + 0.52 * len(layers), 1.7 + 0.42 * len(kinds)), layout="constrained")
+    figure = _figure(3.2 + 0.52 * len(layers), 1.7 + 0.42 * len(kinds))
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=most, aspect="auto")
-    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_yticks(range(len(kinds)), kinds)
+    if len(layers) <= MOST_CELLS:
+        axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    if len(kinds) <= MOST_CELLS:
+        axes.set_yticks(range(len(kinds)), [shown(kind) for kind in kinds])
     axes.set_xlabel("layer")
-    axes.set_title(title, fontsize=10, loc="left", wrap=True)
+    axes.set_title(shown(title), fontsize=10, loc="left", wrap=True)
     for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
+        if np.isfinite(value) and max(len(kinds), len(layers)) <= MOST_CELLS:
             text = f"{value:.0f}" if value == round(value) else f"{value:.1f}"
             ink = "white" if value < 0.6 * most else "black"
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
@@ -72,14 +88,14 @@ def as_image(figure: Figure) -> np.ndarray:
 
 def curves(panels: Mapping[str, Mapping[str, Band]], x_label: str, title: str) -> Figure:
     """One panel a quantity, one line with a band of a standard deviation a method."""
-    figure = Figure(figsize=(1.6 + 4.6 * len(panels), 4.4), layout="constrained")
+    figure = _figure(1.6 + 4.6 * len(panels), 4.4)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, (x, mean, deviation) in lines.items():
             look = style(name, names)
             low, high = np.subtract(mean, deviation), np.add(mean, deviation)
             width = 3.0 - 1.8 * names.index(name) / len(names)  # what lies below another line still shows at its sides
-            axes.plot(x, mean, label=name, markersize=2.5 * width, linewidth=width, **look)
+            axes.plot(x, mean, label=shown(name), markersize=2.5 * width, linewidth=width, **look)
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(label)
@@ -96,7 +112,7 @@ def comparison(tasks: Mapping[str, tuple[str, Mapping[str, Sequence[float]]]], t
     lengths = [len(methods) for _, methods in tasks.values()]
     heights = [0.9 + 0.34 * max(lengths[i : i + columns]) for i in range(0, len(lengths), columns)]
     widest = max(map(len, all_names))
-    figure = Figure(figsize=(columns * (2.8 + 0.08 * widest), 0.5 + sum(heights)), layout="constrained")
+    figure = _figure(columns * (2.8 + 0.08 * widest), 0.5 + sum(heights))
     panels = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in panels.flat[len(tasks) :]:
         axes.set_visible(False)
@@ -106,24 +122,24 @@ def comparison(tasks: Mapping[str, tuple[str, Mapping[str, Sequence[float]]]], t
             axes.plot(values, [row] * len(values), linestyle="", marker=look["marker"], color=look["color"], alpha=0.4)
             deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
             axes.errorbar(np.mean(values), row, xerr=deviation, fmt="|", color=look["color"], markersize=14, capsize=3)
-        axes.set_yticks(range(len(methods)), list(methods))
+        axes.set_yticks(range(len(methods)), [shown(name) for name in methods])
         axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_title(task, fontsize=10)
+        axes.set_title(shown(task), fontsize=10)
         axes.set_xlabel(metric)
         _dress(axes)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(shown(title), fontsize=10)
     return figure
 
 
 def frontier(points: Mapping[str, Sequence[tuple[float, float, float]]], metric: str, title: str) -> Figure:
     """Metric against remaining parameters: points (parameters, mean, deviation) of each method, joined by a line."""
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    figure = _figure(7.2, 4.6)
     axes = figure.add_subplot()
     names = list(points)
     for name, values in points.items():
         x, mean, deviation = zip(*sorted(values), strict=True)
-        axes.errorbar(x, mean, yerr=deviation, label=name, capsize=3, markersize=6, **style(name, names))
+        axes.errorbar(x, mean, yerr=deviation, label=shown(name), capsize=3, markersize=6, **style(name, names))
     everything = [x for values in points.values() for x, _, _ in values]
     if min(everything) > 0 and max(everything) > 8 * min(everything):
         axes.set_xscale("log")
@@ -144,7 +160,7 @@ def stages(curves_: Sequence[Sequence[Mapping[str, Any]]], key: str, metric: str
         curves_: for each run its stages, each with `lambda`, `remaining` and `metrics`.
         key: name of the metric there; a score between 0 and 1.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = _figure(10, 4)
     left, right = figure.subplots(1, 2)
     for i, curve in enumerate(curves_):
         look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
@@ -159,7 +175,7 @@ def stages(curves_: Sequence[Sequence[Mapping[str, Any]]], key: str, metric: str
     right.set_ylabel(metric)
     _dress(left)
     _dress(right)
-    figure.suptitle(f"{title}: sparsifying schedule, a line a seed", fontsize=10)
+    figure.suptitle(shown(f"{title}: sparsifying schedule, a line a seed"), fontsize=10)
     return figure
 
 
@@ -169,12 +185,12 @@ def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str
     Args:
         values: for each method the mean singular values, largest first, and the effective rank of each matrix.
     """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = _figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     names = list(values)
     for name, (singular, _) in values.items():
-        shown = np.maximum(singular, 1e-12)
-        left.semilogy(range(1, len(shown) + 1), shown, label=name, markersize=4, **style(name, names))
+        drawn = np.maximum(singular, 1e-12)
+        left.semilogy(range(1, len(drawn) + 1), drawn, label=shown(name), markersize=4, **style(name, names))
     largest = [singular.max() for singular, _ in values.values() if singular.max(initial=0.0) > 0] or [1.0]
     left.set_ylim(1e-4 * min(largest), 2 * max(largest))  # what was pruned is 0 and falls out below
     left.set_xlabel("index of the singular value")
@@ -186,7 +202,7 @@ def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str
         box.set(facecolor=style(name, names)["color"], edgecolor=style(name, names)["color"], linewidth=2, alpha=0.6)
     for line in boxes["medians"]:
         line.set_color("black")
-    right.set_yticks(range(1, len(names) + 1), names)
+    right.set_yticks(range(1, len(names) + 1), [shown(name) for name in names])
     right.invert_yaxis()
     right.set_xlim(left=0)
     right.set_xlabel("effective rank of each matrix's update (exp of the entropy)")
@@ -210,10 +226,10 @@ def _dress(axes: Any) -> None:
 
 def _legend(figure: Figure, title: str, names: Sequence[str]) -> None:
     """The title, and one legend beside the panels: never over the data."""
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(shown(title), fontsize=10)
     seen: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             seen.setdefault(label, handle)
-    order = [name for name in names if name in seen]
-    figure.legend([seen[name] for name in order], order, loc="outside right upper", fontsize=8, frameon=False)
+    order = [label for label in map(shown, names) if label in seen]
+    figure.legend([seen[label] for label in order], order, loc="outside right upper", fontsize=8, frameon=False)

@@ -50,17 +50,45 @@ def adapter_spectra(folder: str | Path) -> dict[str, Array]:
         folder: holds `adapter.safetensors` and `adapter.json`.
 
     Raises:
-        OSError, ValueError: a file is missing or cut short.
+        OSError, ValueError: a file is missing, cut short or not of this project's; the message is a clause.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     folder = Path(folder)
-    config = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
     try:
-        state = load_file(folder / "adapter.safetensors")
+        scaling = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["scaling"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError("adapter.json is cut short or not one of this project's") from error
+    state = _read_factors(folder / "adapter.safetensors")
+    try:
+        return _spectra(state, scaling)
+    except (KeyError, TypeError, ValueError, np.linalg.LinAlgError) as error:
+        raise ValueError(
+            f"adapter.safetensors and adapter.json do not fit ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read_factors(file: Path) -> dict[str, Array]:
+    """All tensors of a safetensors file, bfloat16 included, which numpy does not know."""
+    from safetensors import SafetensorError, deserialize
+
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    try:
+        found = deserialize(file.read_bytes())
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'adapter.safetensors'} is cut short") from error
+        raise ValueError("adapter.safetensors is cut short") from error
+    state = {}
+    for name, entry in found:
+        if entry["dtype"] not in kinds:
+            raise ValueError(
+                f"adapter.safetensors holds {name} as {entry['dtype']}, which is no kind of float read here"
+            )
+        values = np.frombuffer(entry["data"], kinds[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        state[name] = values.reshape(entry["shape"]).astype(np.float64)
+    return state
+
+
+def _spectra(state: dict[str, Array], scaling: dict[str, float]) -> dict[str, Array]:
     spectra = {}
     for key, lora_A in state.items():
         name, _, kind = key.rpartition(".")
@@ -68,5 +96,5 @@ def adapter_spectra(folder: str | Path) -> dict[str, Array]:
             continue
         between = state.get(f"{name}.lora_E", state.get(f"{name}.lora_gate"))
         diagonal = None if between is None else between.reshape(-1)
-        spectra[name] = singular_values(lora_A, state[f"{name}.lora_B"], diagonal, config["scaling"][name])
+        spectra[name] = singular_values(lora_A, state[f"{name}.lora_B"], diagonal, scaling[name])
     return spectra

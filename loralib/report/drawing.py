@@ -1,0 +1,149 @@
+"""Which figures a set of runs gives, and the files that they are written to."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from loralib.report import figures
+from loralib.report.runs import SMALLER_IS_BETTER, Run
+from loralib.report.spectrum import adapter_spectra, effective_rank
+from loralib.report.tables import WORDS, by_method, escape, metrics_of, scores
+
+
+class Folder:
+    """Writes figures into a folder; one that can't be drawn or written becomes a line and costs no other."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.made: list[str] = []
+        self.problems: list[str] = []
+
+    def save(self, name: str, draw: Callable[..., Any], *arguments: Any) -> None:
+        """Draw and write one figure; its file is called after `name`."""
+        try:
+            draw(*arguments).savefig(self.out / file_name(name), dpi=130)
+        except Exception as error:  # matplotlib raises many kinds; the tables must not be lost with a figure
+            reason = escape(f"{type(error).__name__}: {error}"[:300])
+            self.problems.append(f"The figure {escape(name)} could not be drawn: {reason}.")
+        else:
+            self.made.append(file_name(name))
+
+
+def file_name(name: str) -> str:
+    """A file name of letters that any system takes; where that loses something, a hash tells the names apart."""
+    plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", name)
+    if len(plain) <= 120 and plain == re.sub(r"[ ,_]+", "_", name):
+        return f"{plain}.png"
+    return f"{plain[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}.png"
+
+
+def band(runs: Sequence[Run], key: str, x: str, factor: float) -> figures.Band | None:
+    """Mean and deviation over runs of an evaluation's number times `factor`, at the points that all of them have."""
+    series = {i: {e[x]: e[key] for e in run.evaluations if key in e and x in e} for i, run in enumerate(runs)}
+    points = factor * pd.DataFrame(series, dtype=float).dropna().sort_index()  # (points, runs)
+    if len(points) < 2:
+        return None
+    deviation = points.std(axis=1, ddof=1) if len(runs) > 1 else 0 * points[0]
+    return points.index.tolist(), points.mean(axis=1).tolist(), deviation.tolist()
+
+
+def draw(runs: pd.DataFrame, selection: str, out: Path) -> tuple[list[str], list[str]]:
+    """All figures as PNG files; returns their names, and a line for each figure or adapter that failed."""
+    folder = Folder(out)
+    panels = {}
+    for task, part in runs.groupby("task", sort=False):
+        metrics = metrics_of(part)
+        if not metrics:
+            continue
+        label = f"{WORDS.get(metrics[0], metrics[0])}{'' if metrics[0] in SMALLER_IS_BETTER else ' (%)'}"
+        mine = {name: of for _, name, of in by_method(part)}
+        values = {name: list(scores(of, metrics[0]).values()) for name, of in mine.items()}
+        if any(values.values()):
+            panels[task] = (label, {name: found for name, found in values.items() if found})
+        _draw_task(folder, task, mine, metrics[0], label)
+    if panels:
+        title = f"a dot a seed, mean ± standard deviation; selection: {selection}"
+        folder.save("comparison", figures.comparison, panels, title)
+    return folder.made, folder.problems
+
+
+def _draw_task(folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metric: str, label: str) -> None:
+    runs = {name: list(of["run"]) for name, of in mine.items()}
+
+    def lines(key: str, factor: float, x: str) -> dict[str, figures.Band]:
+        found = {name: band(of, key, x, factor) for name, of in runs.items()}
+        return {name: line for name, line in found.items() if line is not None}
+
+    learning = {label: lines(f"eval_{metric}", 1 if metric in SMALLER_IS_BETTER else 100, "epoch"),
+                "validation loss": lines("eval_loss", 1, "epoch")}  # fmt: skip
+    if all(learning.values()):
+        title = f"{task}: mean over seeds, band of one standard deviation"
+        folder.save(f"curves_{task}", figures.curves, learning, "epoch", title)
+    budget = {"ranks left, all matrices": lines("rank_total", 1, "step"),
+              "remaining parameters (thousands)": lines("remaining", 1e-3, "step"),
+              "effective rank, mean over matrices": lines("effective_rank", 1, "step")}  # fmt: skip
+    if all(budget.values()):
+        title = f"{task}: budget, sparsity and effective rank at each evaluation"
+        folder.save(f"budget_{task}", figures.curves, budget, "optimizer step", title)
+    points = frontier_points(mine, metric)
+    if len({x for values in points.values() for x, _, _ in values}) > 1:
+        title = f"{task}: metric at the budget that is left, mean ± deviation over seeds"
+        folder.save(f"frontier_{task}", figures.frontier, points, label, title)
+    for name, of in runs.items():
+        stages = [run.data["stages"] for run in of if run.data.get("stages")]
+        if stages and len(stages) == len(of):
+            folder.save(f"lambda_{task}_{name}", figures.stages, stages, f"eval_{metric}", label, f"{task}, {name}")
+        _draw_ranks(folder, task, name, of)
+    _draw_spectra(folder, task, runs)
+
+
+def frontier_points(mine: Mapping[str, pd.DataFrame], metric: str) -> dict[str, list[tuple[float, float, float]]]:
+    """(remaining parameters, mean, deviation) of each method's grid points; a method without a grid has one."""
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    variants = pd.Series([of["method"].iloc[0] for of in mine.values()], dtype=object).value_counts()
+    for name, of in mine.items():
+        found = np.array(list(scores(of, metric).values()))
+        left = of["remaining"].dropna()
+        if len(found) and len(left):
+            deviation = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+            method = of["method"].iloc[0]
+            key = method if variants[method] > 1 else name
+            points.setdefault(key, []).append((float(left.mean()), float(found.mean()), deviation))
+    return points
+
+
+def _draw_ranks(folder: Folder, task: str, name: str, runs: Sequence[Run]) -> None:
+    ranks = pd.DataFrame([run.ranks for run in runs], dtype=float)  # (runs, modules)
+    pruned = any(len(set(run.ranks.values())) > 1 for run in runs)
+    if ranks.empty or not (runs[0].method in ("adalora", "sora") or pruned):
+        return
+    mean = ranks.mean().to_dict()
+    most = float(runs[0].arguments.get("lora_r") or max(mean.values()))
+    title = f"{task}, {name}: rank left of {most:.0f}\nmean of {len(runs)} seed(s)"
+    folder.save(f"ranks_{task}_{name}", figures.rank_heatmap, mean, title, most)
+
+
+def _draw_spectra(folder: Folder, task: str, runs: Mapping[str, Sequence[Run]]) -> None:
+    values = {}
+    for name, of in runs.items():
+        spectra: list[np.ndarray] = []
+        for run in of:
+            try:
+                spectra += adapter_spectra(run.folder).values()
+            except FileNotFoundError:
+                continue  # full fine-tuning has no adapter, and a record alone has none either
+            except (OSError, ValueError) as error:
+                folder.problems.append(escape(f"The adapter of {run.folder.name} of {task}, {name}, seed {run.seed} "
+                                              f"cannot be read: {error}"))  # fmt: skip
+        if spectra:
+            length = max(map(len, spectra))
+            padded = [np.pad(found, (0, length - len(found))) for found in spectra]
+            values[name] = (np.mean(padded, axis=0), [effective_rank(found) for found in spectra])
+    if values:
+        title = f"{task}: the trained updates, over all matrices and seeds"
+        folder.save(f"spectra_{task}", figures.spectra, values, title)

@@ -1,0 +1,150 @@
+"""The report: one page, one CSV file and the figures, from all runs below a folder."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from loralib.errors import InputError
+from loralib.report.drawing import draw
+from loralib.report.runs import brief, frame, read
+from loralib.report.tables import (
+    code,
+    cost_table,
+    difference_table,
+    escape,
+    main_table,
+    published_tables,
+    stage_table,
+)
+
+SELECTIONS = {
+    "last": "the end of each run (where a run was told to load its best checkpoint, that one), validation split",
+    "best": "the evaluation with the best score of each run, chosen and reported on the same validation rows: biased "
+    "upwards",
+    "heldout": "the evaluation that is best on one half of the validation rows, reported on the other half "
+    "(--heldout_split)",
+}
+Others = Sequence[tuple[Path, str]]
+
+
+def write_csv(runs: pd.DataFrame, others: Others, selection: str, root: Path, out: Path) -> None:
+    """One line a run, with its metrics as fractions; text that a spreadsheet would take for a formula stays text."""
+    metrics = [column for column in runs.columns if column.startswith("metric ")]
+    lines = runs.assign(status="finished", selection=selection, folder=[run.folder for run in runs["run"]])
+    left = pd.DataFrame([{"status": reason, "folder": folder} for folder, reason in others])
+    lines = pd.concat([lines.drop(columns=["run", "name"]), left])
+    lines["folder"] = [str(folder.relative_to(root)) for folder in lines["folder"]]
+    columns = ["task", "method", "variant", "seed", "status", "selection", *metrics, "trainable", "remaining", "steps",
+               "wall_seconds", "folder"]  # fmt: skip
+    lines = lines.reindex(columns=columns).astype(object).map(_no_formula)
+    lines = lines.rename(columns=lambda name: name.removeprefix("metric "))
+    lines.to_csv(out / "report.csv", index=False, encoding="utf-8")
+
+
+def _no_formula(cell: object) -> object:
+    if cell is None or cell != cell:
+        return ""
+    if isinstance(cell, float) and cell.is_integer():
+        return int(cell)  # a count, which a column with gaps holds as a float
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
+def report(root: Path, out: Path, selection: str, published: Path | None = None) -> Path:
+    """Read everything below `root` and write the report into `out`.
+
+    Args:
+        published: a file with rows of the papers to set beside the results.
+
+    Raises:
+        InputError: nothing to report.
+    """
+    found, others = read(root)
+    if not found and not others:
+        raise InputError(f"no run.json below {root}: give the folder that holds the runs' output folders.")
+    out.mkdir(parents=True, exist_ok=True)
+    runs = frame(found, selection)
+    made, problems = draw(runs, selection, out)
+    parts = ["# Results", *_results(runs, selection), *_costs(runs), *_beside(runs, selection, published)]
+    if others:
+        lines = (f"- {code(str(folder.relative_to(root)))}: {escape(reason)}" for folder, reason in others)
+        parts += ["## Runs that do not count", "\n".join(lines)]
+    parts += problems
+    if made:
+        parts += ["## Figures", "\n\n".join(f"![{name}]({name})" for name in made)]
+    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="replace")
+    write_csv(runs, others, selection, root, out)
+    return out / "report.md"
+
+
+def _models(runs: pd.DataFrame) -> str:
+    return ", ".join(sorted({brief(run.arguments.get("model_name_or_path")) for run in runs["run"]}))
+
+
+def _results(runs: pd.DataFrame, selection: str) -> list[str]:
+    parts = [
+        f"{len(runs)} finished runs. Model: {escape(_models(runs)) or '-'}. Scores in percent, mean ± standard "
+        f"deviation over n seeds. Selection: **{selection}**, {SELECTIONS[selection]}.",
+        main_table(runs),
+    ]
+    twice = runs[runs.duplicated(["task", "name", "seed"])][["task", "name"]].drop_duplicates()
+    if len(twice):
+        named = escape("; ".join(f"{row.task}, {row.name}" for row in twice.itertuples(index=False)))
+        parts.append(f"Several runs of one seed, of which the last in the order of folders counts: {named}.")
+    lacking = sum(not run.chosen(selection) for run in runs["run"])
+    if lacking:
+        flag = "--heldout_split SEED" if selection == "heldout" else "--eval_strategy epoch"
+        parts.append(f"{lacking} runs hold nothing for this selection (run them with {flag}).")
+    differences = difference_table(runs)
+    if differences:
+        text = (
+            "On the same seeds, in points of the task's first metric; the interval is the paired 95 % interval of the "
+            "t distribution, not corrected for the number of comparisons."
+        )
+        parts += ["## Difference to LoRA", text, differences]
+    return parts
+
+
+def _costs(runs: pd.DataFrame) -> list[str]:
+    text = (
+        "trainable: low-rank factors and head; remaining: what is left of the factors after pruning, head not counted; "
+        "seconds: wall time of the last process of a run."
+    )
+    parts = ["## Cost", text, cost_table(runs)]
+    schedule = stage_table(list(runs["run"]))
+    return [*parts, "## Sparsifying schedule", schedule] if schedule else parts
+
+
+def _beside(runs: pd.DataFrame, selection: str, published: Path | None) -> list[str]:
+    tables = published_tables(published, list(runs["task"].drop_duplicates())) if published else []
+    if not tables:
+        return []
+    text = (
+        f"For comparison, here: {escape(_models(runs))}, {runs['seed'].nunique()} seed(s), selection {selection}. "
+        "Numbers are comparable only as far as these agree. STS-B's published number is one correlation, set beside "
+        "the mean of Pearson and Spearman. The RM-LoRA paper's GLUE numbers are not known to this project."
+    )
+    return ["## Published, not from this project", text, *tables]
+
+
+def main(argv: Sequence[str] | None, description: str, published: Path) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder with runs at any depth")
+    parser.add_argument(
+        "--selection", choices=list(SELECTIONS), default="last", help="which evaluation of a run counts"
+    )
+    parser.add_argument("--out", type=Path, help="where to write (default: the folder itself)")
+    args = parser.parse_args(argv)
+    try:
+        print(report(args.folder, args.out or args.folder, args.selection, published))
+    except InputError as error:
+        print(f"report.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"report.py: error: the report cannot be written ({error}): name another folder with --out.",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    return 0

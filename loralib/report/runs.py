@@ -1,0 +1,295 @@
+"""Finished runs from their results files, and the reason why any other folder does not count."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from loralib.report.figures import METHODS
+
+# What a task's table shows; the first is the score that evaluations are chosen by, as in AdaLoRA's Table 1.
+METRICS = {
+    "cola": ("matthews_correlation",),
+    "mnli": ("accuracy", "accuracy_mm"),
+    "mrpc": ("accuracy", "f1"),
+    "qqp": ("accuracy", "f1"),
+    "stsb": ("combined_score", "pearson", "spearmanr"),
+}
+GENERAL = ("accuracy", "f1", "matthews_correlation", "combined_score", "pearson", "mse")
+SMALLER_IS_BETTER = ("mse",)
+ORDER = ("full", *(name for name in METHODS if name != "full"))
+
+# Flags that tell runs of one method apart without being settings of it.
+NOT_SETTINGS = re.compile(
+    r"(data_)?seed|output_dir|logging_.*|run_name|overwrite_.*|resume_.*|per_device_.*|gradient_accumulation_steps|"
+    r"local_rank|dataloader_.*|save_.*|report_to|.*cache.*|hub_.*|push_to_hub|tb_writter_loginterval|disable_tqdm|"
+    r"do_\w+|.*_for_metrics|eval_(on|delay|do|strategy|steps)\w*|log_.*|use_cpu|no_cuda|ddp_.*|glue_submission|"
+    r"max_(eval|predict)_samples|auto_find_batch_size|deepspeed.*|fsdp.*|accelerator_config|project|trackio.*"
+)
+
+# What is read of a results file: an example of each kind; None: a number or null. Keys may be missing, "*" is any key.
+RESULTS: Any = {
+    "status": "",
+    "method": "",
+    "task": "",
+    "seed": 0,
+    "arguments": {"seed": 0, "reg_orth_coef": 0.0, "lora_r": None},
+    "effective_batch": 0,
+    "steps": 0,
+    "parameters": {"trainable": 0, "lora": 0, "remaining": 0, "modules": {"*": {"rank": 0}}},
+    "metrics": {"*": 0.0},
+    "history": [{"*": 0.0, "epoch": None}],
+    "wall_seconds": 0.0,
+    "lambda": 0.0,
+    "remaining": 0,
+    "stages": [{"lambda": 0.0, "remaining": 0, "steps": 0, "metrics": {"*": 0.0}}],
+}
+
+
+@dataclass
+class Run:
+    """One results file, with those of the stages before it (SoRA's schedule)."""
+
+    folder: Path
+    data: Mapping[str, Any]
+    stages: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    variant: str = ""
+
+    @property
+    def task(self) -> str:
+        return str(self.data.get("task", "?"))
+
+    @property
+    def seed(self) -> Any:
+        return self.arguments.get("seed", self.data.get("seed"))  # a stage trains with a seed of its own
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return self.data.get("arguments") or {}
+
+    @property
+    def method(self) -> str:
+        """The method that the run names, with lora-orth for LoRA with a penalty."""
+        name = str(self.data.get("method", "?"))
+        return "lora-orth" if name == "lora" and (self.arguments.get("reg_orth_coef") or 0) > 0 else name
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.variant}".strip()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Flags that define the method here, and the effective batch."""
+        kept = {k: v for k, v in self.arguments.items() if not NOT_SETTINGS.fullmatch(k)}
+        return kept | {"effective_batch": self.data.get("effective_batch")}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics of the task that the run has."""
+        return METRICS.get(self.task) or tuple(m for m in GENERAL if f"eval_{m}" in self.data.get("metrics", {}))[:2]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One entry an evaluation: step, epoch, eval_*, heldout_*, and what was watched; over all stages.
+
+        The first entry of a step counts: what follows at the end of a run repeats it, or is MNLI's mismatched half.
+        """
+        found: list[dict[str, Any]] = []
+        step = epoch = 0.0
+        for record in [*self.stages, self.data]:
+            by_step: dict[int, dict[str, Any]] = {}
+            for entry in record.get("history", []):
+                if any(k.startswith(("eval_", "heldout_", "rank_total")) for k in entry):
+                    known = by_step.setdefault(entry.get("step", 0), {})
+                    known |= {k: v for k, v in entry.items() if k not in known}
+            for entry in by_step.values():
+                shifted = {"step": step + entry.get("step", 0), "epoch": epoch + (entry.get("epoch") or 0)}
+                found.append(entry | shifted)
+            step += record.get("steps", 0)
+            epoch += max((e.get("epoch") or 0 for e in record.get("history", [])), default=0)
+        return found
+
+    def chosen(self, selection: str) -> dict[str, float]:
+        """Metrics by name that `selection` reports; empty where the run does not have them."""
+        if selection == "last" or not self.metrics:
+            return named(self.data.get("metrics", {}), "eval_")
+        key, prefix = f"eval_{self.metrics[0]}", "heldout_" if selection == "heldout" else "eval_"
+        scored = [e for e in self.evaluations if key in e and f"{prefix}{self.metrics[0]}" in e]
+        if not scored:
+            return {}
+        sign = -1 if self.metrics[0] in SMALLER_IS_BETTER else 1
+        return named(max(scored, key=lambda e: sign * e[key]), prefix)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, of all stages."""
+        return sum(record.get("steps") or 0 for record in [*self.stages, self.data])
+
+    @property
+    def trainable(self) -> int | None:
+        return (self.data.get("parameters") or {}).get("trainable")
+
+    @property
+    def remaining(self) -> int | None:
+        """Elements of the low-rank factors that are left; None for full fine-tuning."""
+        counts = self.data.get("parameters") or {}
+        return counts.get("remaining") if counts.get("lora") else None
+
+    @property
+    def ranks(self) -> dict[str, float]:
+        modules = (self.data.get("parameters") or {}).get("modules") or {}
+        return {name: entry["rank"] for name, entry in modules.items() if "rank" in entry}
+
+
+def named(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix) and isinstance(v, int | float)}
+
+
+# ---- reading ----
+
+
+def read(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
+    """Finished trainings below `root`, and every other run's folder with the reason why it does not count."""
+    runs, others = [], []
+    folders = {p.parent for name in ("run.json", "run.log") for p in root.rglob(name)}
+    folders |= {p.parent for p in root.rglob("checkpoint-*") if p.is_dir()}
+    for folder in sorted(folders):
+        if re.search(r"/(stage|checkpoint)-\d+(/|$)", f"/{folder.relative_to(root)}"):
+            continue
+        try:
+            data = read_results(folder / "run.json")
+            stages = [read_results(folder / name / "run.json") for name in _stage_names(folder)]
+        except FileNotFoundError:
+            others.append((folder, f"no results file: failed, cut off or still running{_last_words(folder)}"))
+            continue
+        except (OSError, ValueError) as error:
+            others.append((folder, str(error)))
+            continue
+        run = Run(folder, data, stages)
+        if run.arguments.get("do_train") is False:
+            others.append((folder, f"{run.method} on {run.task}: evaluation or prediction alone, nothing was trained"))
+        elif data.get("status") == "finished":
+            runs.append(run)
+        else:
+            others.append((folder, f"{run.method} on {run.task}, seed {run.seed}: {data.get('status')}"))
+    name_variants(runs)
+    return runs, others
+
+
+def _stage_names(folder: Path) -> list[str]:
+    """The stages of a schedule that have a results file, in their order."""
+    found = [p.parent.name for p in folder.glob("stage-*/run.json") if re.fullmatch(r"stage-\d{1,6}", p.parent.name)]
+    return sorted(found, key=lambda name: int(name[6:]))
+
+
+def _last_words(folder: Path) -> str:
+    """What a run without a results file said last: its last error, else its last line."""
+    try:
+        lines = re.split(r"[\r\n]+", (folder / "run.log").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return ""
+    said = [line for line in lines if re.search(r"\berror: |Error: ", line)] or [x for x in lines if x.strip()]
+    return f"; it said last: {said[-1].strip()[-300:]}" if said else ""
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A results file whose entries have the kinds that this project writes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError, ValueError: it can't be read, with the reason as a clause.
+    """
+    stage = path.parent.name
+    what = f"the results file of its {stage}" if stage.startswith("stage-") else "its results file"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(f"{what} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is cut short or no JSON") from error
+    check_results(data, what)
+    return data
+
+
+def check_results(data: Any, what: str) -> None:
+    """Raise ValueError with the first entry of a results file that is not of the kind that this project writes."""
+    if not isinstance(data, dict) or data.get("version") != 1:
+        raise ValueError(f"{what} is not one of this project's (version 1)")
+    wrong = _unlike(data, RESULTS, "")
+    if wrong:
+        raise ValueError(f"{what} is not one of this project's: {wrong}")
+
+
+def _unlike(value: Any, example: Any, name: str) -> str | None:
+    """The first entry that is not of its example's kind, in words; None where all are."""
+    if isinstance(example, dict):
+        if not isinstance(value, dict):
+            return f"{name} is no mapping"
+        for key in value:
+            if key in example or "*" in example:
+                below = example.get(key, example.get("*"))
+                wrong = _unlike(value[key], below, f"{name}.{key}" if name else str(key))
+                if wrong:
+                    return wrong
+        return None
+    if isinstance(example, list):
+        if not isinstance(value, list):
+            return f"{name} is no list"
+        wrong_ones = (_unlike(v, example[0], f"{name}[{i}]") for i, v in enumerate(value))
+        return next((wrong for wrong in wrong_ones if wrong), None)
+    if isinstance(example, str):
+        return None if isinstance(value, str) else f"{name} is no text"
+    if value is None and example is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e25
+    return None if number else f"{name} is no number"
+
+
+def name_variants(runs: Sequence[Run]) -> None:
+    """Name runs of one task and method by the settings in which they differ: a grid shows itself."""
+    for task, method in {(run.task, run.method) for run in runs}:
+        same = [run for run in runs if (run.task, run.method) == (task, method)]
+        keys = sorted({key for run in same for key in run.settings})
+        differ = [k for k in keys if len({brief(run.settings.get(k)) for run in same}) > 1]
+        for run in same:
+            run.variant = ", ".join(f"{k}={brief(run.settings.get(k))}" for k in differ)
+
+
+def brief(value: Any) -> str:
+    """A setting in words; of a path its last name, since a folder may move."""
+    return Path(value).name if isinstance(value, str) and "/" in value else f"{value}"
+
+
+# ---- as a table ----
+
+
+def ordered(runs: Iterable[Run]) -> list[Run]:
+    """Runs by task, method, variant and seed: known methods first, a grid by its numbers."""
+
+    def place(run: Run) -> tuple[Any, ...]:
+        known = ORDER.index(run.method) if run.method in ORDER else len(ORDER)
+        numbers = [float(x) for x in re.findall(r"=(\d+(?:\.\d*)?(?:e-?\d+)?)", run.variant)]
+        return run.task, known, run.method, numbers, run.variant, str(run.seed).zfill(9)
+
+    return sorted(runs, key=place)
+
+
+def frame(runs: Iterable[Run], selection: str) -> pd.DataFrame:
+    """One row a run, in the order of `ordered`: what it is, its metrics as fractions, its cost, and the run itself."""
+    rows: list[dict[str, Any]] = []
+    for run in ordered(runs):
+        about = {"task": run.task, "method": run.method, "variant": run.variant, "name": run.name, "seed": run.seed}
+        chosen = run.chosen(selection)
+        cost = {"trainable": run.trainable, "remaining": run.remaining, "steps": run.steps,
+                "wall_seconds": run.data.get("wall_seconds")}  # fmt: skip
+        rows.append(about | {f"metric {m}": chosen.get(m) for m in run.metrics} | cost | {"run": run})
+    columns = ["task", "method", "variant", "name", "seed", "trainable", "remaining", "steps", "wall_seconds", "run"]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)

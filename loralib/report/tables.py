@@ -1,0 +1,161 @@
+"""Tables of the report as Markdown, each from the table of runs."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from loralib.report.comparison import paired, verdict
+from loralib.report.runs import Run, named
+
+WORDS = {"matthews_correlation": "Matthews", "accuracy_mm": "mismatched", "combined_score": "mean of the two",
+         "spearmanr": "Spearman", "pearson": "Pearson", "f1": "F1"}  # fmt: skip
+
+
+# ---- text ----
+
+
+def escape(text: str) -> str:
+    """Text of a user's as Markdown shows it: no character of it opens a table cell, HTML, an image or a formula."""
+    one_line = " ".join(str(text).split())
+    marked = re.sub(r"([\\`*{}\[\]|$~#])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line)
+    return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def code(text: str) -> str:
+    """Text as a code span, with a fence longer than any run of backticks in it."""
+    one_line = " ".join(str(text).split())
+    fence = "`" * (1 + max(map(len, re.findall(r"`+", one_line)), default=0))
+    pad = " " if "`" in one_line else ""
+    return f"{fence}{pad}{one_line}{pad}{fence}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right. Cells are Markdown: `escape` what a user named."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+# ---- numbers ----
+
+
+def percent(metric: str, values: Any) -> np.ndarray:
+    """Scores in percent; a squared error as it is."""
+    return np.asarray(values, dtype=float) * (1 if metric == "mse" else 100)
+
+
+def spread(values: Any) -> str:
+    """mean +- standard deviation over seeds (n - 1); a single value has none."""
+    known = np.asarray(values, dtype=float)
+    if not len(known):
+        return "-"
+    return f"{known.mean():.2f}" + (f" ± {known.std(ddof=1):.2f}" if len(known) > 1 else "")
+
+
+def average(values: pd.Series) -> str:
+    """Mean of what is known, in whole numbers."""
+    known = values.dropna().astype(float)
+    return f"{known.mean():,.0f}" if len(known) else "-"
+
+
+def metrics_of(runs: pd.DataFrame) -> tuple[str, ...]:
+    """Metrics of a task, as its first run has them."""
+    return next(iter(runs["run"])).metrics if len(runs) else ()
+
+
+def scores(runs: pd.DataFrame, metric: str) -> dict[Any, float]:
+    """The metric by seed, in percent, of the runs that have it; of two runs with one seed the last one's."""
+    column = f"metric {metric}"
+    if column not in runs:
+        return {}
+    known = runs.dropna(subset=[column])
+    return dict(zip(known["seed"], percent(metric, known[column]).tolist(), strict=True))
+
+
+def by_method(runs: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """(task, name, its runs) in the order of the table."""
+    return [(task, name, part) for (task, name), part in runs.groupby(["task", "name"], sort=False)]
+
+
+# ---- tables ----
+
+
+def main_table(runs: pd.DataFrame) -> str:
+    """Methods x tasks, every metric of a task, with n."""
+    tasks = {task: metrics_of(part) for task, part in runs.groupby("task", sort=False)}
+    groups = {(task, name): part for task, name, part in by_method(runs)}
+    header = ["method", *(f"{escape(t)}: {' / '.join(WORDS.get(m, m) for m in found)}" for t, found in tasks.items())]
+    rows = []
+    for name in runs["name"].drop_duplicates():
+        cells = []
+        for task, metrics in tasks.items():
+            part = groups.get((task, name))
+            found = [] if part is None else [scores(part, metric) for metric in metrics]
+            text = " / ".join(spread(list(values.values())) for values in found)
+            cells.append(f"{text} (n={len(found[0])})" if found and found[0] else "-")
+        rows.append([escape(name), *cells])
+    return table(header, rows)
+
+
+def cost_table(runs: pd.DataFrame) -> str:
+    """Parameters and wall time of each task and method."""
+    columns = ["trainable", "remaining", "steps", "wall_seconds"]
+    rows = [[escape(f"{task}, {name}"), str(len(part)), *(average(part[column]) for column in columns)]
+            for task, name, part in by_method(runs)]  # fmt: skip
+    return table(["task, method", "n", "trainable", "remaining", "steps", "seconds"], rows)
+
+
+def baseline(runs: pd.DataFrame, task: str, variant: str) -> pd.DataFrame:
+    """The LoRA runs to compare with: those of the same grid point, or the only ones; else none."""
+    lora = runs[(runs["task"] == task) & (runs["method"] == "lora")]
+    return lora if lora["variant"].nunique() <= 1 else lora[lora["variant"] == variant]
+
+
+def difference_table(runs: pd.DataFrame) -> str:
+    """Each method against LoRA on the same seeds."""
+    rows = []
+    for task, name, part in by_method(runs):
+        metrics = metrics_of(part)
+        if part["method"].iloc[0] == "lora" or not metrics:
+            continue
+        lora = baseline(runs, task, part["variant"].iloc[0])
+        n, mean, half = paired(scores(part, metrics[0]), scores(lora, metrics[0]))
+        label = escape(f"{task}, {name}")
+        if not n:
+            rows.append([label, "0", "-", "-", "no LoRA run with these seeds and this grid point"])
+        else:
+            interval = f"{mean - half:+.2f} to {mean + half:+.2f}" if n >= 3 else "-"
+            rows.append([label, str(n), f"{mean:+.2f}", interval, verdict(n, mean, half)])
+    return table(["task, method", "pairs", "difference", "95 % interval", "against LoRA"], rows) if rows else ""
+
+
+def stage_table(runs: Sequence[Run]) -> str:
+    """SoRA's schedule: threshold, what remains, score."""
+    rows = []
+    for run in runs:
+        for stage in run.data.get("stages", []):
+            score = named(stage.get("metrics", {}), "eval_").get(run.metrics[0]) if run.metrics else None
+            cells = [f"{stage.get('lambda', float('nan')):.3g}", f"{stage.get('remaining', 0):,}",
+                     "-" if score is None else f"{percent(run.metrics[0], [score])[0]:.2f}"]  # fmt: skip
+            rows.append([escape(f"{run.task}, {run.name}, seed {run.seed}"), *cells])
+    return table(["run", "threshold", "remaining", "score"], rows) if rows else ""
+
+
+def published_tables(file: Path, tasks: Sequence[str]) -> list[str]:
+    """Rows of the papers for the tasks at hand."""
+    parts = []
+    for name, paper in json.loads(file.read_text(encoding="utf-8")).items():
+        columns = [i for i, column in enumerate(paper["columns"]) if column.split()[0] in tasks]
+        if not columns:
+            continue
+        header = ["published", "parameters", *(paper["columns"][i] for i in columns), "average of all 8"]
+        rows = []
+        for row in paper["rows"]:
+            values = ("-" if row["values"][i] is None else f"{row['values'][i]:.2f}" for i in columns)
+            rows.append([row["method"], row["parameters"], *values, f"{row['average']:.2f}"])
+        parts.append(f"**{name}**, {paper['source']}. What differs: {paper['differs']}.\n\n{table(header, rows)}")
+    return parts
