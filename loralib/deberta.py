@@ -35,6 +35,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
     scaled_size_sqrt,
 )
 
+from loralib.errors import InputError
 from loralib.layers import autocast_dtype
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,12 @@ class FastEncoder(DebertaV2Encoder):
             real = visible.reshape(-1)
             tokens = real.nonzero().squeeze(-1)
             slots = (real.cumsum(0) - 1).clamp_(min=0)
+            # a padded first token has no packed row of its own; the queue is empty here, so this look costs little
+            if first_token_only and not bool(visible[:, 0].all()):
+                raise InputError(
+                    "a row of the batch begins with padding, and the model's head reads the first token: pad on the "
+                    "right (tokenizer.padding_side = 'right')."
+                )
         if visible.dim() == 2:
             visible = visible[:, :, None] & visible[:, None, :]
         shared = _Batch(~visible, tokens, slots, self._distance(length, hidden_states.device))

@@ -15,6 +15,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_po
 
 from loralib.adapt import ROLES, adapt
 from loralib.deberta import FastSelfAttention, _band, _BandedAttention, unpad, use_fast_attention
+from loralib.errors import InputError
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 
 VARIANTS = {
@@ -174,6 +175,19 @@ def test_packing_takes_padding_anywhere() -> None:
     mask[0, :5] = 0
     mask[2, 3:6] = 0
     assert difference(run(stock, ids, mask, only_real=True), run(packed, ids, mask, only_real=True)) < 1e-10
+
+
+def test_packing_refuses_a_head_that_would_read_padding() -> None:
+    """The row of another text would be read in its place; models that read all tokens keep their rows."""
+    packed = build().double()
+    unpad(packed)
+    ids, mask = batch(12)
+    for row in (0, 2):
+        left = mask.clone()
+        left[row, :5] = 0
+        with pytest.raises(InputError, match="a row of the batch begins with padding.*padding_side = 'right'"):
+            packed(input_ids=ids, attention_mask=left)
+    packed(input_ids=ids, attention_mask=mask)
 
 
 def test_packed_layers_see_real_tokens_only() -> None:

@@ -7,12 +7,13 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from loralib.errors import InputError
 from loralib.glue.data import load
 from loralib.glue.files import read_file
 from loralib.glue.tasks import GLUE
-from loralib.glue.tokens import tokenize
+from loralib.glue.tokens import row_length, tokenize
 
 GOOD = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i % 2} for i in range(6)]
 
@@ -259,14 +260,15 @@ def test_mutated_parquet_is_read_or_refused(tmp_path, data):
 
 
 class Words:
-    """A tokenizer of whitespace words with BERT's interface as far as `tokenize` uses it."""
+    """A tokenizer of whitespace words with BERT's interface as far as `row_length` and `tokenize` use it."""
 
-    model_max_length = 8
+    def __init__(self, limit=8):
+        self.model_max_length = limit
 
     def num_special_tokens_to_add(self, pair):
         return 3 if pair else 2
 
-    def __call__(self, *texts, padding, max_length, truncation):
+    def __call__(self, *texts, padding, max_length, truncation, return_attention_mask):
         ids = [[len(w) for w in " ".join(row).split()][:max_length] for row in zip(*texts, strict=True)]
         pad = max_length if padding == "max_length" else 0
         return {"input_ids": [row + [0] * (pad - len(row)) for row in ids]}
@@ -276,9 +278,27 @@ class Words:
 def test_tokens_are_model_inputs_and_label_only(tmp_path, pad, caplog):
     rows = [{**row, "idx": i} for i, row in enumerate(GOOD)]
     loaded = load(dataset_name=folder_of(tmp_path / "mrpc", train=rows), do_train=True)
-    tokens = tokenize(loaded.train, loaded.task, Words(), max_seq_length=128, pad_to_max_length=pad)
+    length = row_length(128, loaded.task, Words(), nn.Identity())
+    tokens = tokenize(loaded.train, loaded.task, Words(), length, pad)
     assert tokens.column_names == ["label", "input_ids"]
     assert {len(ids) for ids in tokens["input_ids"]} == ({8} if pad else {4})
     assert "128 is above the tokenizer's limit: 8" in caplog.text
     with pytest.raises(InputError, match="max_seq_length is 3 but must be above 3"):
-        tokenize(loaded.train, loaded.task, Words(), max_seq_length=3)
+        row_length(3, loaded.task, Words(), nn.Identity())
+
+
+@pytest.mark.parametrize("limit", [0, -1, None, "512", True, float("nan")])
+def test_a_limit_of_the_tokenizer_that_is_no_number_of_tokens_is_refused(limit):
+    with pytest.raises(InputError, match="model_max_length is .* it must be a number of tokens"):
+        row_length(128, GLUE["mrpc"], Words(limit), nn.Identity())
+
+
+@pytest.mark.parametrize("limit", [10**30, 1e30, float("inf"), 512.0])
+def test_no_limit_is_written_in_many_ways(limit, caplog):
+    assert row_length(128, GLUE["mrpc"], Words(limit), nn.Identity()) == 128
+    assert not caplog.text
+    with pytest.raises(InputError, match="max_seq_length is 2, reduced from 128, but must be above 3"):
+        row_length(128, GLUE["mrpc"], Words(2), nn.Identity())
+    if limit > 2**20:
+        with pytest.raises(InputError, match="must be at most 1048576"):
+            row_length(10**20, GLUE["mrpc"], Words(limit), nn.Identity())

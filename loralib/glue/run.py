@@ -17,7 +17,6 @@ from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    default_data_collator,
     set_seed,
 )
 
@@ -32,7 +31,7 @@ from loralib.glue.metrics import compute_metrics, metric_names, to_labels
 from loralib.glue.predictions import check_submission, write_predictions, write_submission
 from loralib.glue.record import write_run
 from loralib.glue.tasks import Task
-from loralib.glue.tokens import tokenize
+from loralib.glue.tokens import check_vocabulary, collator, pad_on_the_right, row_length, tokenize
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
 from loralib.training.lock import unlock
 from loralib.training.trainer import LoRATrainer
@@ -149,31 +148,26 @@ def trainer_parts(
                 f"{type(model).__name__} and {attention}: use --padding longest."
             )
 
+    pad_on_the_right(tokenizer)
+    length = row_length(args.max_seq_length, data.task, tokenizer, model)
+
     def tokenized(split: Dataset) -> Dataset:
-        return tokenize(split, data.task, tokenizer, args.max_seq_length, fixed, overwrite_cache=args.overwrite_cache)
+        return tokenize(split, data.task, tokenizer, length, fixed, overwrite_cache=args.overwrite_cache)
 
     with run.training.main_process_first(desc="tokenising"):
         train = tokenized(data.train) if data.train is not None else None
         for splits in (data.evals, data.tests):
             splits.update({name: tokenized(split) for name, split in splits.items()})
-    table: Any = model.get_input_embeddings()
-    known = table.weight.shape[0]
-    if len(tokenizer) > known:
-        used = [s for s in (train, *data.evals.values(), *data.tests.values()) if s is not None]
-        highest = max(max(ids) for split in used for ids in split["input_ids"])
-        if highest >= known:
-            raise InputError(
-                f"the tokenizer gives the token {highest} and the model knows tokens 0 to {known - 1}: the two do not "
-                "belong together, look at --tokenizer_name and --model_name_or_path."
-            )
-    collator = default_data_collator if fixed else transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    check_vocabulary(
+        tokenizer, model, [s for s in (train, *data.evals.values(), *data.tests.values()) if s is not None]
+    )
     return {
         "model": model,
         "args": run.training,
         "train_dataset": train,
         "eval_dataset": next(iter(data.evals.values()), None),
         "processing_class": tokenizer,
-        "data_collator": collator,
+        "data_collator": collator(tokenizer, length, fixed, model),
         "compute_metrics": compute_metrics(data.task),
         "settings": _settings(run, data.task),
     }
