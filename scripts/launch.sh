@@ -44,6 +44,27 @@ value_of() {
     echo "$value"
 }
 
+# shown WORDS...: the words as one could type them, access tokens hidden as loralib/secrets.py does.
+shown() {
+    local word name hidden=""
+    for word in "$@"; do
+        name="${word%%=*}"
+        name="${name//-/_}"
+        if [[ -n "$hidden" && "$word" != --* ]]; then
+            word=...
+            hidden=""
+        elif [[ "$name" =~ ^__(.*token|toke?|hub_to?k?e?|push_to_hub_t?o?k?e?)$ ]]; then
+            hidden=1
+            [[ "$word" != *=* ]] || { word="${word%%=*}=..." && hidden=""; }
+        else
+            hidden=""
+        fi
+        [[ ! "$word" =~ hf_[A-Za-z0-9]{30,} ]] || word="${word//"${BASH_REMATCH[0]}"/...}"
+        printf '%q ' "$word"
+    done
+    echo
+}
+
 # Number of visible GPUs; 0 with --use_cpu among the flags.
 gpus() {
     local -a ids=()
@@ -159,8 +180,7 @@ run() { # METHOD FLAGS...
     # later flags win
     local -a call=(${launcher[@]+"${launcher[@]}"} "$entry" "${common[@]}" ${flags[@]+"${flags[@]}"} "${own[@]}" "$@")
     if [[ "${DRY_RUN:-0}" != 0 ]]; then
-        printf '%q ' "${PYTHON:-python}" "${call[@]}"
-        echo
+        shown "${PYTHON:-python}" "${call[@]}"
         return
     fi
     if [[ -n "${PYTHON:-}" ]]; then

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from loralib.errors import InputError  # noqa: E402
+from loralib.secrets import hide, is_secret, remember_command  # noqa: E402
 
 METHODS = ("lora", "lora-orth", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full")
 LOCK_FILE = ".sweep.lock"
@@ -88,6 +89,8 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
     grid = []
     for entry in args.grid:
         name, _, values = entry.partition("=")
+        if is_secret(name):
+            raise InputError(f"--grid {name}: an access token is no setting to compare; give it to all runs.")
         if not name.lstrip("-") or not all(values.split(",")):
             raise InputError(
                 f"--grid {entry!r} cannot be read: write --grid NAME=VALUE,VALUE, as in --grid lora_r=4,8."
@@ -365,7 +368,8 @@ def sweep(jobs: Sequence[Job], args: argparse.Namespace) -> int:
         place, base = os.getcwd(), dict(os.environ)
 
         @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-        def work(name: str, command: list[str], folder: str) -> int:  # pickled by value: no name of this module in it
+        def work(name: str, command: list[str], shown: str, folder: str) -> int:
+            # Pickled by value: no name of this module stands in it.
             import os
             import subprocess
             import sys
@@ -378,7 +382,7 @@ def sweep(jobs: Sequence[Job], args: argparse.Namespace) -> int:
             os.makedirs(folder, exist_ok=True)
             own = [sys.executable, name, "--guard", str(os.getpid()), folder, *command]
             with open(os.path.join(folder, "run.log"), "ab") as log:
-                log.write(f"== {' '.join(command)}\n".encode())
+                log.write(f"== {shown}\n".encode())
                 log.flush()
                 # a session of its own: Ray may end the process group of a worker that died
                 null, out = subprocess.DEVNULL, subprocess.STDOUT
@@ -391,7 +395,9 @@ def sweep(jobs: Sequence[Job], args: argparse.Namespace) -> int:
         while todo or running:
             while todo and len(running) < slots:
                 job = todo.popleft()
-                call = work.options(name=job.name).remote(str(Path(__file__).resolve()), job.command, str(job.folder))
+                shown = shlex.join(hide(job.command))
+                start = work.options(name=job.name).remote
+                call = start(str(Path(__file__).resolve()), job.command, shown, str(job.folder))
                 running[call] = (job, time.monotonic())
             progress.running = len(running)
             progress.show()
@@ -445,7 +451,7 @@ def last_line(log: Path) -> str:
         [line.strip()[:300] for line in re.split(r"[\r\n]+", log.read_text(errors="replace"))] if log.exists() else []
     )
     errors = [line for line in lines if re.search(r"\berror: |Error: ", line)]
-    return next((line for line in [*errors[-1:], *reversed(lines)] if line), "no output")
+    return hide(next((line for line in [*errors[-1:], *reversed(lines)] if line), "no output"))
 
 
 def numbers(text: str) -> list[int]:
@@ -483,7 +489,7 @@ def make_parser() -> argparse.ArgumentParser:
 def listed(jobs: Sequence[Job]) -> Iterator[str]:
     """The commands, with a word on runs that would be skipped."""
     for job in jobs:
-        yield f"{'# finished: ' if finished(job) else ''}{shlex.join(job.command)}"
+        yield f"{'# finished: ' if finished(job) else ''}{shlex.join(hide(job.command))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -492,6 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--guard"]:
         return guard(int(argv[1]), Path(argv[2]), argv[3:])
     args, flags = make_parser().parse_known_args(argv)
+    remember_command(word for text in (*flags, *args.only, *args.grid) for word in [text, *re.split(r"[\s:,]+", text)])
     try:
         jobs = plan(args, flags)
         if args.dry_run:
@@ -501,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signum, interrupt)
         code = sweep(jobs, args)
     except InputError as error:
-        print(f"sweep.py: error: {error}", file=sys.stderr)
+        print(f"sweep.py: error: {hide(str(error))}", file=sys.stderr)
         return 2
     if code != 130:
         print(f"tables and figures: python scripts/report.py {shlex.quote(args.output)}")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from loralib.errors import InputError, RunError
-from loralib.glue.card import MARK, without_tokens, write_card
+from loralib.glue.card import MARK, write_card
 
 
 class Hub:
@@ -99,11 +99,6 @@ def test_a_model_of_the_hub_is_named_in_the_head(call: Any, tmp_path: Path) -> N
     file.write_text(json.dumps(run))
     write_card(tmp_path / "run")
     assert "\nbase_model: microsoft/deberta-v3-base\n" in (tmp_path / "run" / "README.md").read_text()
-
-
-def test_tokens_are_not_shown() -> None:
-    words = "run.py --token abc --hub_token=def --lora_r 4".split()
-    assert without_tokens(words) == "run.py --token ... --hub_token=... --lora_r 4".split()
 
 
 def test_the_finished_adapter_is_sent_once_and_no_backbone_or_checkpoint(call: Any, hub: Hub, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_sweep_on_ray(tmp_path: Path) -> None:
     entry.write_text(ENTRY)
     out = tmp_path / "out"
     argv = ["--tasks", "rte", "--methods", str(entry), "--seeds", "1-3", "--output", str(out), "--lora_r", "4",
-            "--gpus_per_run", "0", "--cpus_per_run", "1"]  # fmt: skip
+            "--gpus_per_run", "0", "--cpus_per_run", "1", "--hub_tok", "Secret-of-the-hub"]  # fmt: skip
     if importlib.util.find_spec("ray") is None:
         done = run_sweep(*argv)
         assert done.returncode == 2 and "Ray, which is not installed" in done.stderr
@@ -247,6 +247,8 @@ def test_sweep_on_ray(tmp_path: Path) -> None:
     assert "failed: rte/mine/seed3: seed 3 fails" in done.stdout
     attempts = [(out / "rte" / "mine" / f"seed{s}" / "run.log").read_text().count("== bash") for s in (1, 2, 3)]
     assert attempts == [1, 2, 2]
+    logged = (half / "run.log").read_text()
+    assert "--hub_tok ..." in logged and "Secret-of-the-hub" not in logged + done.stdout + done.stderr
     assert "threads 1 gpus ''" in (half / "run.log").read_text()
     entry.write_text(ENTRY.replace("seed == 3 or", ""))
     before = (half / "run.json").stat().st_mtime_ns

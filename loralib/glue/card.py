@@ -8,8 +8,9 @@ from typing import Any
 
 from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE
 from loralib.errors import InputError, RunError
-from loralib.glue.record import RUN_FILE, without_tokens
+from loralib.glue.record import RUN_FILE
 from loralib.glue.tasks import GLUE
+from loralib.secrets import hide, remember_command
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def card_text(run: dict[str, Any]) -> str:
     Args:
         run: contents of a `run.json`.
     """
+    remember_command(run["command"])
     flags, counts, task = run["arguments"], run["parameters"], run["task"]
     base, full = str(flags.get("model_name_or_path")), run["method"] == "full"
     on_hub = not Path(base).expanduser().is_dir() and base.count("/") <= 1
@@ -110,7 +112,7 @@ def card_text(run: dict[str, Any]) -> str:
         *(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items()),
         "",
         "```bash",
-        shlex.join(["python", *without_tokens(run["command"])]),
+        shlex.join(["python", *hide(run["command"])]),
         "```",
     ]
     if not full:

@@ -8,11 +8,17 @@ from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from loralib.errors import InputError
+from loralib.secrets import is_secret
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that becomes a flag with a help text."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+LONGEST_ROW = 1_000_000  # tokens; more would not fit into memory
+LARGEST_RANK = 65_536  # more than any layer of an encoder has inputs or outputs
+LARGEST_ALPHA, SMALLEST_SCALING = 1e9, 1e-30  # the scaling alpha / r and its products stay within float32
 
 
 @dataclass
@@ -69,8 +75,8 @@ class DataArguments:
     glue_submission: str | None = flag(None, "Folder for files as the GLUE server wants them (with --do_predict).")
 
     def __post_init__(self) -> None:
-        if self.max_seq_length < 1:
-            raise InputError(f"max_seq_length is {self.max_seq_length}, it must be 1 or more.")
+        if not 1 <= self.max_seq_length <= LONGEST_ROW:
+            raise InputError(f"max_seq_length is {self.max_seq_length}, it must lie in 1 to {LONGEST_ROW}.")
         if self.heldout_split is not None and self.heldout_split < 0:
             raise InputError(f"heldout_split is {self.heldout_split}, the seed of the split: it must be 0 or more.")
         if self.padding is None:
@@ -108,8 +114,13 @@ class LoRAArguments:
             )
         if self.lora_r < 1:
             raise InputError(f"lora_r is {self.lora_r}, it must be 1 or more.")
-        if self.lora_alpha <= 0:
-            raise InputError(f"lora_alpha is {self.lora_alpha}, it must be above 0.")
+        if self.lora_r > LARGEST_RANK:
+            raise InputError(f"lora_r is {self.lora_r}, it must be at most {LARGEST_RANK}.")
+        if not 0 < self.lora_alpha <= LARGEST_ALPHA:
+            raise InputError(f"lora_alpha is {self.lora_alpha}, it must be above 0 and at most {LARGEST_ALPHA:.0e}.")
+        scaling = self.lora_alpha / self.lora_r
+        if scaling < SMALLEST_SCALING:
+            raise InputError(f"lora_alpha / lora_r is {scaling:.3g}, it must be {SMALLEST_SCALING:.0e} or more.")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout is {self.lora_dropout}, it must lie in 0 to 1, below 1.")
         if not self.modules:
@@ -136,6 +147,7 @@ LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
     "dataloader_num_workers": 0,
     "logging_steps": 0,
 }
@@ -182,7 +194,7 @@ class GlueTrainingArguments(TrainingArguments):
         if self.no_cuda:
             self.use_cpu = True
         for name, least in LEAST.items():
-            if not getattr(self, name) >= least:
+            if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
@@ -202,6 +214,10 @@ class GlueTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":  # nothing to pin for; the loader would warn
             self.dataloader_pin_memory = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What training_args.bin holds: everything but access tokens."""
+        return {name: None if is_secret(name) else value for name, value in vars(self).items()}
 
 
 def _refuse_choice(name: str, value: str, choices: Sequence[str]) -> None:

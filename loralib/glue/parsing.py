@@ -1,133 +1,244 @@
 """From the command line, or a JSON or YAML file, to dataclasses of flags; and how a program ends."""
 
 import argparse
-import dataclasses
 import difflib
+import errno
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from loralib.errors import InputError, RunError
+from loralib.glue.flagfile import SUFFIXES, read_flags
+from loralib.glue.gone import GONE
+from loralib.secrets import hide, is_secret, remember
+
+# A flag's older name: its name of today, and what that is for a value of the older one. Of two that are given, the
+# later one counts.
+OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "evaluation_strategy": ("eval_strategy", lambda value: value),
+    "warmup_ratio": ("warmup_steps", lambda value: value),
+    "pad_to_max_length": ("padding", lambda value: "fixed" if value else "longest"),
+    "no_cuda": ("use_cpu", lambda value: value),
+    "group_by_length": ("train_sampling_strategy", lambda value: "group_by_length" if value else "random"),
+    "gradient_checkpointing": ("activation_checkpointing", lambda value: value),
+    "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs", lambda value: value),
+}
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which a run computes
+PATHS = ("_dir", "_file", "_path", "_name", "glue_submission", "resume_from_checkpoint")  # ends of names of flags
+# What a run adds to a path that it is given, at most.
+BELOW = "stage-100/checkpoint-1000000/special_tokens_map.json.tmp"
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside each flag, the description's lines as they are."""
 
 
+def _whole(text: str) -> int:
+    """An int, also where it is written as 1e3 or 8.0."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise ValueError from None
+        return int(value)
+
+
+def _boolean(text: str) -> bool:
+    return text.lower() == "on" if text.lower() in ("on", "off") else string_to_bool(text)  # on and off: as in YAML
+
+
+def _secret(text: str) -> str:
+    remember(text)
+    return text
+
+
 class _Parser(HfArgumentParser):
-    """Raises a sentence where argparse would print all flags."""
+    """Raises a sentence where argparse would print all flags, and knows which of two names of a flag came last."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", int, _whole)
+        self.register("type", string_to_bool, _boolean)
+        for action in self._actions:
+            if is_secret(action.dest) and action.nargs is None:
+                action.type = _secret
+        self.own_defaults = {action.dest: action.default for action in self._actions}
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^(ambiguous option: [^=\s]+)=.* could match", r"\1 could match", message, flags=re.S)
+        message = re.sub(r"'([^']{80})[^']*'", r"'\1...'", " ".join(message.split()))
         raise InputError(f"{message[:1].upper()}{message[1:]}; --help lists all flags.")
+
+    def destination(self, word: str) -> str | None:
+        """The field that a word of the command line sets; None for a word that is no flag, or an ambiguous one."""
+        name = word.partition("=")[0]
+        options = {option: action.dest for action in self._actions for option in action.option_strings}
+        if not name.startswith("--") or name in options:
+            return options.get(name)
+        found = {dest for option, dest in options.items() if option.startswith(name)}
+        return found.pop() if len(found) == 1 else None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; a flag that is given under both of its names has what the later one says."""
+        found, unknown = super().parse_known_args(args, namespace)
+        order = [self.destination(word) for word in args or ()]
+        for pair in ((older, today) for older, (today, _) in OLDER.items()):
+            if all(name in order for name in pair):
+                earlier = min(pair, key=lambda name: max(i for i, dest in enumerate(order) if dest == name))
+                setattr(found, earlier, self.own_defaults[earlier])
+        for name, value in vars(found).items():
+            check_value(name, value)
+        return found, unknown
 
 
 def make_parser(*classes: Any, description: str = "") -> HfArgumentParser:
     """The parser of an entry point, its flags grouped by dataclass."""
-    usage = "%(prog)s FLAGS\n       %(prog)s FILE.json | FILE.yaml"
+    usage = "%(prog)s [FILE.json | FILE.yaml] FLAGS"
     return _Parser(list(classes), description=description, usage=usage, formatter_class=_Help)
 
 
 def parse(classes: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> tuple[Any, ...]:
-    """Flags, or one .json or .yaml file in their place, as instances of `classes`.
+    """Flags, before them .json or .yaml files with more of them, as instances of `classes`. Later flags win.
 
     Raises:
         InputError: an unknown flag or a bad value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(*classes, description=description)
+    parser: Any = make_parser(*classes, description=description)
+    words: list[str] = []
+    while argv and argv[0].endswith(SUFFIXES):
+        words += _file_words(parser, classes, Path(argv.pop(0)))
+    _refuse_unknown(parser, [word for word in argv[:1] if not word.startswith("-")])
     try:
-        if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-            aliases = {
-                a.lstrip("-"): f.name
-                for c in classes
-                for f in dataclasses.fields(c)
-                for a in f.metadata.get("aliases", ())
-            }
-            values = {aliases.get(name, name): value for name, value in _read_config(Path(argv[0])).items()}
-            known = [f.name for c in classes for f in dataclasses.fields(c) if f.init]
-            _refuse_unknown([k for k in values if k not in known], known)
-            _check_types(classes, values)
-            return _finite(parser.parse_dict(values))
         *parsed, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
+            [*words, *argv], return_remaining_strings=True, look_for_args_file=False
         )
-        known = [option for action in parser._actions for option in action.option_strings]
-        _refuse_unknown([u for u in unknown if u.startswith("-")] or unknown, known)
-        return _finite(parsed)
     except InputError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # a stock argument class refuses a value
+    except RecursionError as error:
+        raise InputError("a flag's value is nested too deeply: give a plain list or mapping.") from error
+    except (ValueError, TypeError, ImportError, OverflowError) as error:  # a stock argument class refuses a value
         raise InputError(" ".join(str(error).split())) from error
-
-
-def _finite(parsed: Sequence[Any]) -> tuple[Any, ...]:
-    """`parsed`, refused where a number is NaN or infinite: it would poison a run or pass for a huge value."""
+    _refuse_unknown(parser, [u for u in unknown if u.startswith("-")] or unknown)
     for part in parsed:
-        for f in dataclasses.fields(part):
-            value = getattr(part, f.name)
-            if isinstance(value, float) and not math.isfinite(value) and f.name != "max_grad_norm":
-                raise InputError(f"{f.name} is {value}, it must be a finite number.")
+        for name, value in vars(part).items():
+            if isinstance(value, dict):  # what was JSON on the command line
+                check_value(name, value)
     return tuple(parsed)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
+def _file_words(parser: Any, classes: Sequence[type], path: Path) -> list[str]:
+    """The flags of a file as words of a command line; what no word can say becomes the parser's default."""
+    hints = {name: hint for c in classes for name, hint in typing.get_type_hints(c).items()}
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --x before --no_x
+    lists: list[str] = []
+    words: dict[str, str] = {}
+    for key, value in read_flags(path).items():
+        option = f"--{key.replace('-', '_')}"
+        name = parser.destination(option)
+        if name is None or name not in hints:
+            _refuse_unknown(parser, [option])
+        kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(hints[name]) or (hints[name],))}
+        kinds |= {typing.get_origin(hints[name])}
+        if isinstance(value, list) and any(not isinstance(item, str) for item in value):
+            raise InputError(f"{path}: {key} is a list that holds more than words and numbers.")
+        if value is None:
+            if type(None) not in kinds:
+                raise InputError(f"{path}: {key} is null, and this flag needs a value: leave it out, or give one.")
+            parser.set_defaults(**{name: None})
+        elif isinstance(value, dict):
+            if dict not in kinds:
+                raise InputError(f"{path}: {key} is a mapping, it must be one value.")
+            if str in kinds:
+                words[name] = f"{option}={json.dumps(value)}"
+            else:
+                parser.set_defaults(**{name: value})
+        elif isinstance(value, list) and value and actions[name].nargs == "+":
+            if any(item.startswith("-") for item in value):
+                raise InputError(f"{path}: {key} is a list with a word that begins with a dash.")
+            lists += [option, *value]
+        elif isinstance(value, list) and list in kinds and len(value) != 1:
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            if str not in kinds:
+                raise InputError(f"{path}: {key} is a list, it must be one value.")
+            words[name] = f"{option}={','.join(value)}"
+        else:
+            words[name] = f"{option}={value}"
+    for older, (today, value_of) in OLDER.items():
+        if older in words and today in words:
+            one, other = (_value(actions[name], words[name]) for name in (older, today))
+            default = actions[older].default
+            if one == default or (not one and not default):  # a dump of all arguments: the older one says nothing
+                del words[older]
+            elif other == actions[today].default or value_of(one) == other:
+                del words[today]
+            else:
+                raise InputError(f"{path}: {older} and {today} mean the same and differ here: keep {today}.")
+    return [*lists, *words.values()]
 
-    if not path.is_file():
-        raise InputError(f"the file {path} does not exist: give a .json or .yaml file, or flags.")
+
+def _value(action: Any, word: str) -> Any:
+    text = word.partition("=")[2]
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold one mapping of flag names to values.")
-    return values
+        return {int: _whole, string_to_bool: _boolean}.get(action.type, action.type)(text)
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
+        return text  # the parser will refuse it
 
 
-def _refuse_unknown(unknown: Sequence[str], known: Sequence[str]) -> None:
-    if unknown:
-        name = str(unknown[0]).split("=")[0][:80]
+def check_value(name: str, value: Any) -> None:
+    """Refuse what poisons a run or passes for a huge value: numbers that are not finite, paths that cannot be.
+
+    Raises:
+        InputError: names the flag, the value and what it may be.
+    """
+    if isinstance(value, float) and name != "max_grad_norm":
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value}, it must be a finite number.")
+        if abs(value) > LARGEST_FLOAT:
+            raise InputError(f"{name} is {value}, it must be at most {LARGEST_FLOAT:.3g}, the largest of float32.")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{name} is a number of {len(str(abs(value)))} digits, it must be below 2^63.")
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_value(name, item)
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise InputError(f"{name} holds a NUL character, which no text or path may hold.")
+        if name.endswith(PATHS):
+            try:
+                os.lstat(os.path.join(os.path.expanduser(value), BELOW))
+            except UnicodeEncodeError as error:
+                raise InputError(f"{name} is {value!a:.100}, it holds characters that no path may hold.") from error
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise InputError(
+                        f"{name} is {value[:40]}... of {len(value):,} letters, which is too long for a path."
+                    ) from error
+
+
+def _refuse_unknown(parser: Any, words: Iterable[str]) -> None:
+    for word in words:
+        name = hide(word.split("=")[0][:80])
+        plain = name.lstrip("-").replace("-", "_")
+        known = [option for action in parser._actions for option in action.option_strings]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if plain in GONE:
+            raise InputError(f"{name} is not a flag any more: {GONE[plain]}.")
+        if name.endswith(SUFFIXES):
+            raise InputError(f"{name} stands behind flags: a file of flags comes first, flags that override it later.")
         hint = f"did you mean {close[0]}?" if close else "--help lists all flags."
         raise InputError(f"{name} is not a flag of this program: {hint}")
-
-
-def _check_types(classes: Sequence[type], values: dict[str, Any]) -> None:
-    """A file bypasses argparse: text that means a number (YAML's "1e-3") becomes one, other mismatches are refused."""
-    import typing
-
-    for cls in classes:
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            if f.name not in values or values[f.name] is None:
-                continue
-            kinds = [t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None)]
-            value = values[f.name]
-            if value is False and str in kinds and bool not in kinds:
-                value = values[f.name] = "no"  # what YAML makes of `save_strategy: no`
-            try:
-                if kinds == [float] and isinstance(value, str | int) and not isinstance(value, bool):
-                    values[f.name] = float(value)
-                elif kinds == [int] and (isinstance(value, bool) or int(value) != float(value)):
-                    raise ValueError
-                elif kinds == [int]:
-                    values[f.name] = int(value)
-                elif kinds == [bool] and not isinstance(value, bool):
-                    raise ValueError
-                elif kinds == [str] and not isinstance(value, str):
-                    raise ValueError
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{f.name} is {value!r}, it must be of type {kinds[0].__name__}.") from error
-            choices = f.metadata.get("choices")
-            if choices and values[f.name] not in choices:
-                raise InputError(f"{f.name} is {value!r}, it must be one of {', '.join(map(str, choices))}.")
 
 
 def command(main: Callable[[], Any]) -> NoReturn:
@@ -148,5 +259,5 @@ def command(main: Callable[[], Any]) -> NoReturn:
         # Once is enough for what all processes refuse; but a machine may lack a file, and one process find a full disk.
         if rank == 0 or local_rank == 0 or type(error) is RunError:
             process = f"process {rank}: " if rank else ""
-            print(f"{Path(sys.argv[0]).name}: {process}error: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {process}error: {hide(str(error))}", file=sys.stderr)
     sys.exit(status)

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import transformers
 
 from loralib.adapt import parameters
 from loralib.glue.machine import git_commit, hardware, versions
+from loralib.secrets import hide, is_secret
 from loralib.training.trainer import LoRATrainer
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         "method": method,
         "task": task,
         "seed": args.seed,
-        "command": without_tokens(run.command),
+        "command": run.command,
         "arguments": {k: v for part in run.arguments for k, v in flags_of(part).items()},
         "commit": git_commit(),
         "versions": versions(),
@@ -55,7 +55,7 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         "wall_seconds": round(time.time() - run.started, 3),
         **summary,
     }
-    write_json(Path(args.output_dir) / RUN_FILE, run.complete(record))
+    write_json(Path(args.output_dir) / RUN_FILE, hide(run.complete(record)))
 
 
 def _has_trained(file: Path) -> bool:
@@ -66,21 +66,9 @@ def _has_trained(file: Path) -> bool:
 
 
 def flags_of(part: Any) -> dict[str, Any]:
-    """The flags of one argument dataclass, tokens left out."""
+    """The flags of one argument dataclass, access tokens left out."""
     values = part.to_dict() if isinstance(part, transformers.TrainingArguments) else vars(part)
-    return {k: v for k, v in values.items() if "token" not in k}
-
-
-def without_tokens(command: Sequence[str]) -> list[str]:
-    """A command line with the values of `--token`, `--hub_token` and the like replaced by `...`."""
-    shown: list[str] = []
-    hide = False
-    for word in command:
-        name, equals, _ = word.partition("=")
-        secret = name.startswith("--") and name.endswith("token")
-        shown.append("..." if hide else f"{name}=..." if secret and equals else word)
-        hide = secret and not equals
-    return shown
+    return {k: v for k, v in values.items() if not is_secret(k)}
 
 
 def write_json(path: str | Path, value: Any) -> None:
