@@ -200,6 +200,8 @@ def test_a_run_s_own_record_is_a_file_of_flags(file: Any) -> None:
         ("max_steps: 1e3", "max_steps", 1000),
         ("max_steps: 8.0", "max_steps", 8),
         ("save_strategy: no", "save_strategy", "no"),
+        ("save_strategy: false", "save_strategy", "no"),
+        ("eval_strategy: Off", "eval_strategy", "no"),
         ("do_train: on", "do_train", True),
         ("do_train: No", "do_train", False),
         ("model_revision: 2024-01-01", "model_revision", "2024-01-01"),

@@ -174,7 +174,8 @@ def _file_words(parser: Any, classes: Sequence[type], path: Path) -> list[str]:
                 raise InputError(f"{path}: {key} is a list, it must be one value.")
             words[name] = f"{option}={','.join(value)}"
         else:
-            words[name] = f"{option}={value}"
+            off = value.lower() in ("false", "off", "no") and "no" in (actions[name].choices or ())
+            words[name] = f"{option}={'no' if off else value}"  # a YAML writer makes false of save_strategy: no
     for older, (today, value_of) in OLDER.items():
         if older in words and today in words:
             one, other = (_value(actions[name], words[name]) for name in (older, today))
