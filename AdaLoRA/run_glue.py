@@ -6,10 +6,10 @@ Without --apply_lora everything is fine-tuned.
 """
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,14 @@ if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py
         f"'pip install -e {Path(__file__).resolve().parents[1]}', or use an environment of its own."
     )
 
-from loralib.adapt import adapt, factors
-from loralib.allocator import AllocatorCallback, RankAllocator
 from loralib.errors import InputError
-from loralib.glue import flow
-from loralib.glue.arguments import (
-    DataArguments,
-    GlueTrainingArguments,
-    LoRAArguments,
-    ModelArguments,
-    command,
-    flag,
-    parse,
-)
-from loralib.layers import LoRALinear, SVDLinear
-from loralib.regularizer import frd_penalty, svd_penalty
-from loralib.trainer import LoRATrainer
+from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, flag
+from loralib.glue.model import load_model
+from loralib.glue.parsing import command, parse
+from loralib.glue.run import load_data, make_trainer, start, train_and_report
+from loralib.methods import Method, adalora, full_fine_tuning, lora
+
+logger = logging.getLogger("loralib.run_glue")
 
 
 @dataclass
@@ -95,56 +87,41 @@ class AdaLoRAArguments(LoRAArguments):
             )
 
 
+def choose_method(model: Any, flags: AdaLoRAArguments, do_train: bool) -> Method:
+    """The method that the flags ask for, put into the model."""
+    if not flags.apply_lora:
+        return full_fine_tuning(model)
+    common: dict[str, Any] = {"reg_orth_coef": flags.reg_orth_coef, **flags.layer_settings}
+    if flags.apply_adalora and do_train:
+        return adalora(
+            model,
+            flags.modules,
+            target_rank=flags.target_rank,
+            target_total_rank=flags.target_total_rank,
+            init_warmup=flags.init_warmup,
+            final_warmup=flags.final_warmup,
+            mask_interval=flags.mask_interval,
+            beta1=flags.beta1,
+            beta2=flags.beta2,
+            log_every=flags.tb_writter_loginterval,
+            **common,
+        )
+    if not flags.apply_adalora and (flags.target_rank or flags.target_total_rank):
+        logger.info("apply_adalora is off: no budget is allocated, all ranks stay, whatever target_rank says")
+    method = lora(model, flags.modules, triplets=flags.lora_type == "svd", **common)
+    return replace(method, name="adalora") if flags.apply_adalora else method  # evaluated alone, nothing is allocated
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse, load data and model, adapt, train, report. Returns the final metrics."""
     classes = (ModelArguments, DataArguments, AdaLoRAArguments, GlueTrainingArguments)
-    model_args, data_args, lora, training = parse(classes, argv, __doc__)
-    run = flow.start(training, model_args, data_args, lora, argv)
-    data = flow.load_data(training, model_args, data_args)
-    model, tokenizer = flow.load_model(model_args, data.task)
-
-    adapted, adapter, penalty = [], None, None
-    method = "full"
-    if lora.apply_lora:
-        method = "adalora" if lora.apply_adalora else "svd-lora" if lora.lora_type == "svd" else "lora"
-        layer = SVDLinear if lora.lora_type == "svd" else LoRALinear
-        adapted = adapt(model, layer, lora.modules, **lora.layer_settings)
-        adapter = flow.adapter_config(method, lora, model_args, data.task, layer=lora.lora_type)
-        penalty = partial(svd_penalty if lora.lora_type == "svd" else frd_penalty, *factors(model))
-        if lora.lora_path:
-            flow.load_lora_path(model, lora.lora_path)
-
-    trainer = LoRATrainer(
-        penalty=penalty,
-        penalty_coef=lora.reg_orth_coef,
-        penalty_name="orth_regu_loss",
-        adapter=adapter,
-        **flow.trainer_parts(run, data, tokenizer, data_args, model),
-    )
-    lines = []
-    if not lora.apply_adalora and (lora.target_rank or lora.target_total_rank):
-        lines.append("apply_adalora is off: no budget is allocated, all ranks stay, whatever target_rank says")
-    if lora.apply_adalora and training.do_train:
-        total = trainer.total_steps()
-        allocator = RankAllocator(
-            model,
-            target_rank=lora.target_rank,
-            target_total_rank=lora.target_total_rank,
-            init_warmup=lora.init_warmup,
-            final_warmup=lora.final_warmup,
-            mask_interval=lora.mask_interval,
-            total_step=total,
-            beta1=lora.beta1,
-            beta2=lora.beta2,
-        )
-        trainer.method_state["allocator"] = allocator
-        trainer.add_callback(AllocatorCallback(trainer, allocator, lora.tb_writter_loginterval))
-        lines.append(
-            f"budget: {allocator.total_rank} singular values until step {lora.init_warmup}, then falling to "
-            f"{allocator.target_total} at step {total - lora.final_warmup} of {total}"
-        )
-    flow.announce(run, trainer, method, adapted, *lines)
-    return flow.finish(run, trainer, data, method)
+    model_args, data_args, flags, training = parse(classes, argv, __doc__)
+    run = start(training, model_args, data_args, flags, argv)
+    data = load_data(training, model_args, data_args)
+    model, tokenizer = load_model(model_args, data.task)
+    method = choose_method(model, flags, training.do_train)
+    trainer = make_trainer(run, method, model, tokenizer, data)
+    return train_and_report(run, trainer, data)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,12 @@ if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py
         f"'pip install -e {Path(__file__).resolve().parents[1]}', or use an environment of its own."
     )
 
-from loralib.adapt import adapt, factors
 from loralib.errors import InputError
-from loralib.glue import flow
-from loralib.glue.arguments import (
-    DataArguments,
-    GlueTrainingArguments,
-    LoRAArguments,
-    ModelArguments,
-    command,
-    flag,
-    parse,
-)
-from loralib.layers import LoRALinear
-from loralib.masking import MaskCallback, RandomMask
-from loralib.regularizer import svd_penalty
-from loralib.trainer import LoRATrainer
+from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, flag
+from loralib.glue.model import load_model
+from loralib.glue.parsing import command, parse
+from loralib.glue.run import load_data, make_trainer, start, train_and_report
+from loralib.methods import Method, full_fine_tuning, rm_lora
 
 
 @dataclass
@@ -67,39 +56,33 @@ class RMLoRAArguments(LoRAArguments):
             )
 
 
+def choose_method(model: Any, flags: RMLoRAArguments, seed: int) -> Method:
+    """The method that the flags ask for, put into the model."""
+    if not flags.apply_lora:
+        return full_fine_tuning(model)
+    return rm_lora(
+        model,
+        flags.modules,
+        random_rank=flags.random_rank,
+        version=flags.lora_type,
+        reg_orth_coef=flags.reg_orth_coef,
+        mask_resample=flags.mask_resample,
+        seed=seed,
+        as_released=flags.as_released,
+        **flags.layer_settings,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse, load data and model, adapt, train, report. Returns the final metrics."""
     classes = (ModelArguments, DataArguments, RMLoRAArguments, GlueTrainingArguments)
-    model_args, data_args, lora, training = parse(classes, argv, __doc__)
-    run = flow.start(training, model_args, data_args, lora, argv)
-    data = flow.load_data(training, model_args, data_args)
-    model, tokenizer = flow.load_model(model_args, data.task)
-
-    adapted, adapter, penalty = [], None, None
-    method, lines = "full", []
-    if lora.apply_lora:
-        method = f"rm-lora-{lora.lora_type}"
-        adapted = adapt(model, LoRALinear, lora.modules, **lora.layer_settings)
-        adapter = flow.adapter_config(method, lora, model_args, data.task, layer=lora.lora_type)
-        penalty = partial(svd_penalty, *factors(model))
-        if lora.lora_path:
-            flow.load_lora_path(model, lora.lora_path)
-        lines.append(
-            f"mask: {lora.random_rank} of {lora.lora_r} directions a matrix, drawn anew at each {lora.mask_resample}"
-        )
-
-    trainer = LoRATrainer(
-        penalty=penalty,
-        penalty_coef=lora.reg_orth_coef,
-        penalty_name="orth_regu_loss",
-        adapter=adapter,
-        **flow.trainer_parts(run, data, tokenizer, data_args, model),
-    )
-    if lora.apply_lora:
-        mask = RandomMask(model, lora.random_rank, lora.lora_type, training.seed)
-        trainer.add_callback(MaskCallback(trainer, mask, lora.mask_resample, lora.as_released))
-    flow.announce(run, trainer, method, adapted, *lines)
-    return flow.finish(run, trainer, data, method)
+    model_args, data_args, flags, training = parse(classes, argv, __doc__)
+    run = start(training, model_args, data_args, flags, argv)
+    data = load_data(training, model_args, data_args)
+    model, tokenizer = load_model(model_args, data.task)
+    method = choose_method(model, flags, training.seed)
+    trainer = make_trainer(run, method, model, tokenizer, data)
+    return train_and_report(run, trainer, data)
 
 
 if __name__ == "__main__":

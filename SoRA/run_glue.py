@@ -6,10 +6,10 @@ Without --train_sparse plain LoRA, without --apply_lora full fine-tuning.
 """
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,16 @@ if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py
 
 from loralib.adapt import adapt
 from loralib.errors import InputError
-from loralib.glue import flow, stages
-from loralib.glue.arguments import (
-    DataArguments,
-    GlueTrainingArguments,
-    LoRAArguments,
-    ModelArguments,
-    command,
-    flag,
-    parse,
-)
-from loralib.layers import GatedLinear, LoRALinear
-from loralib.sparse import GateCallback, gate_l1, gates, lambda_stages, sora_optimizer
-from loralib.trainer import LoRATrainer
+from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, flag
+from loralib.glue.model import load_model
+from loralib.glue.parsing import command, parse
+from loralib.glue.run import load_data, start
+from loralib.glue.stages import train_in_stages
+from loralib.layers import GatedLinear
+from loralib.methods import Method, full_fine_tuning, lora, sora
+from loralib.sparse import lambda_stages
+
+logger = logging.getLogger("loralib.run_glue")
 
 
 @dataclass
@@ -94,65 +91,43 @@ class SoRAArguments(LoRAArguments):
         return lambda_stages(self.lambda_schedule, self.sparse_lambda_2, self.max_lambda, self.lambda_num)
 
 
+def check_optimizer(flags: SoRAArguments, training: GlueTrainingArguments) -> None:
+    """Refuse an optimizer that has no place for the gates' threshold."""
+    optim = getattr(training.optim, "value", training.optim)
+    if flags.train_sparse and optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise InputError(f"--optim {optim} cannot be had with --train_sparse: the gates need SoRA's own AdamW.")
+
+
+def choose_methods(model: Any, flags: SoRAArguments, do_train: bool) -> list[Method]:
+    """The method of each stage, put into the model; a run without a schedule has one stage."""
+    if not flags.apply_lora:
+        return [full_fine_tuning(model)]
+    if not flags.train_sparse:
+        logger.info("train_sparse is off: plain LoRA without gates")
+        return [lora(model, flags.modules, **flags.layer_settings)]
+    adapt(model, GatedLinear, flags.modules, **flags.layer_settings)
+    return [
+        sora(
+            model,
+            threshold=threshold,
+            sparse_lambda=flags.sparse_lambda,
+            sparse_lr=flags.sparse_lr,
+            as_released=flags.as_released,
+        )
+        for threshold in (flags.thresholds if do_train else [flags.sparse_lambda_2])
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse, load data and model, adapt, train, report. Returns the final metrics."""
     classes = (ModelArguments, DataArguments, SoRAArguments, GlueTrainingArguments)
-    model_args, data_args, lora, training = parse(classes, argv, __doc__)
-    optim = getattr(training.optim, "value", training.optim)
-    if lora.train_sparse and optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise InputError(f"--optim {optim} cannot be had with --train_sparse: the gates need SoRA's own AdamW.")
-    run = flow.start(training, model_args, data_args, lora, argv)
-    data = flow.load_data(training, model_args, data_args)
-    model, tokenizer = flow.load_model(model_args, data.task)
-
-    adapted, adapter = [], None
-    method, lines, sparse = "full", [], {}
-    if lora.apply_lora:
-        method = "sora" if lora.train_sparse else "lora"
-        layer = GatedLinear if lora.train_sparse else LoRALinear
-        adapted = adapt(model, layer, lora.modules, **lora.layer_settings)
-        adapter = flow.adapter_config(
-            method, lora, model_args, data.task, layer="sparse" if lora.train_sparse else "frd"
-        )
-        if lora.lora_path:
-            flow.load_lora_path(model, lora.lora_path)
-    if lora.train_sparse:
-        sparse = {
-            "penalty": partial(gate_l1, gates(model)),
-            "penalty_coef": lora.sparse_lambda,
-            "penalty_name": "gate_l1",
-        }
-        thresholds = ", ".join(f"{t:.4g}" for t in lora.thresholds)
-        lines.append(f"gates: threshold {thresholds} after each step, L1 weight {lora.sparse_lambda}")
-    elif lora.apply_lora:
-        lines.append("train_sparse is off: plain LoRA without gates")
-    parts = flow.trainer_parts(run, data, tokenizer, data_args, model)
-
-    def trainer_for(training: GlueTrainingArguments, threshold: float) -> LoRATrainer:
-        if not lora.train_sparse:
-            return LoRATrainer(adapter=adapter, **parts)
-        optimizer = partial(
-            sora_optimizer, sparse_lr=lora.sparse_lr, sparse_lambda_2=threshold, as_released=lora.as_released
-        )
-        trainer = LoRATrainer(adapter=adapter, make_optimizer=optimizer, **sparse, **(parts | {"args": training}))
-        trainer.add_callback(GateCallback(trainer, threshold))
-        return trainer
-
-    *earlier, last = enumerate(lora.thresholds) if training.do_train else [(0, lora.sparse_lambda_2)]
-    for number, threshold in earlier:
-        stage = stages.start_stage(run, number, training.num_train_epochs if number == 0 else lora.lambda_epochs)
-        trainer = trainer_for(stage.training, threshold)
-        if not stages.take_finished_stage(stage, trainer):
-            flow.announce(stage, trainer, f"{method}, stage {number}: threshold {threshold:.4g}", adapted)
-            flow.finish(stage, trainer, data, method)
-    if earlier:
-        run = stages.last_stage(run, last[0], lora.lambda_epochs, ("lambda", "remaining", "gates"))
-    trainer = trainer_for(run.training, last[1])
-    flow.announce(run, trainer, method, adapted, *lines)
-    metrics = flow.finish(run, trainer, data, method)
-    if earlier:
-        stages.show_stages(run)
-    return metrics
+    model_args, data_args, flags, training = parse(classes, argv, __doc__)
+    check_optimizer(flags, training)
+    run = start(training, model_args, data_args, flags, argv)
+    data = load_data(training, model_args, data_args)
+    model, tokenizer = load_model(model_args, data.task)
+    methods = choose_methods(model, flags, training.do_train)
+    return train_in_stages(run, methods, model, tokenizer, data, flags.lambda_epochs)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loralib.errors import InputError
@@ -127,10 +129,53 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
 
 
-def factors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """All lora_A (r, in) and all lora_B (out, r), in `named_modules` order."""
-    layers = [layer for _, layer in adapted_layers(model)]
-    return [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank factors that a method works on, whoever made them: each list has one entry for each matrix.
+
+    Attributes:
+        names: how logs and records call the matrices.
+        A: first factors, (r, in).
+        B: second factors, (out, r).
+        between: what stands between the two, r numbers each: AdaLoRA's E (r, 1), SoRA's gates (1, r). The list is
+            empty where nothing does.
+    """
+
+    names: list[str]
+    A: list[Tensor]
+    B: list[Tensor]
+    between: list[Tensor] = field(default_factory=list)
+
+    def ranks(self) -> dict[str, int]:
+        """Directions that each matrix has left: r, or the non-zero numbers between its factors. Reads the device."""
+        if not self.between:
+            return {name: a.shape[0] for name, a in zip(self.names, self.A, strict=True)}
+        counts = torch.stack([d.detach().count_nonzero() for d in self.between]).tolist()
+        return dict(zip(self.names, counts, strict=True))
+
+
+def factors(source: nn.Module | Factors) -> Factors:
+    """The factors of all adapted layers of a model, in `named_modules` order; `Factors` are handed back as they are.
+
+    Raises:
+        InputError: the model has no adapted layer, or only some of its layers have something between the factors.
+    """
+    if isinstance(source, Factors):
+        return source
+    layers = list(adapted_layers(source))
+    if not layers:
+        raise InputError(
+            f"{type(source).__name__} has no adapted layer: call adapt first, or name the modules to adapt."
+        )
+    between = [getattr(layer, layer.between) for _, layer in layers if layer.between is not None]
+    if len(between) not in (0, len(layers)):
+        raise InputError(
+            f"{len(between)} of {len(layers)} adapted layers have something between their factors: a method needs "
+            "layers of one kind."
+        )
+    A: list[Tensor] = [layer.lora_A for _, layer in layers]
+    B: list[Tensor] = [layer.lora_B for _, layer in layers]
+    return Factors([name for name, _ in layers], A, B, between)
 
 
 def ranks(model: nn.Module) -> dict[str, int]:

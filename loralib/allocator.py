@@ -1,19 +1,13 @@
 """AdaLoRA's rank allocator (arXiv 2303.10512, section 3.2 and 3.3; ledger A1 to A8): importance, budget, mask."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from loralib.adapt import adapted_layers
+from loralib.adapt import Factors, factors
 from loralib.errors import InputError
-from loralib.layers import SVDLinear
-from loralib.trainer import LoRATrainer
-
-logger = logging.getLogger(__name__)
 
 
 class RankAllocator:
@@ -23,13 +17,13 @@ class RankAllocator:
     step, while the clipped gradients are still there.
 
     Args:
-        model: holds the `SVDLinear` layers.
+        source: a model adapted with `SVDLinear`, or the `Factors` of another library's triplets; all of one r.
         target_rank: average number of singular values a matrix that remain, 1 <= target_rank < r.
         target_total_rank: their total over all matrices; decides over target_rank when given.
         init_warmup: steps at the start without any mask (paper: t_i).
         final_warmup: steps at the end at the target budget (paper: t_f).
         mask_interval: steps between masks in between (paper: Delta_T).
-        total_step: optimizer steps of the whole run (paper: T).
+        total_step: optimizer steps of the whole run (paper: T); None until `begin` is told.
         beta1, beta2: decay of the averages of importance and of its uncertainty, in (0, 1).
 
     Raises:
@@ -38,38 +32,66 @@ class RankAllocator:
 
     def __init__(
         self,
-        model: nn.Module,
+        source: nn.Module | Factors,
         *,
         target_rank: int | None,
         init_warmup: int,
         final_warmup: int,
         mask_interval: int,
-        total_step: int,
+        total_step: int | None = None,
         target_total_rank: int | None = None,
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
-        layers = [(name, layer) for name, layer in adapted_layers(model) if isinstance(layer, SVDLinear)]
-        self.names = [name for name, _ in layers]
-        self.A = [layer.lora_A for _, layer in layers]
-        self.B = [layer.lora_B for _, layer in layers]
-        self.E = [layer.lora_E for _, layer in layers]
-        self.r = layers[0][1].r
+        of = factors(source)
+        if not of.between or any(e.shape != (a.shape[0], 1) for e, a in zip(of.between, of.A, strict=True)):
+            raise InputError("AdaLoRA needs triplets (layers SVDLinear, with singular values E of shape (r, 1)).")
+        if len({len(e) for e in of.between}) > 1:
+            raise InputError("AdaLoRA needs matrices of one rank, here they start with different ones.")
+        self.names, self.A, self.B, self.E = of.names, of.A, of.B, of.between
+        self.r = len(self.E[0])
         self.total_rank = sum(e.shape[0] for e in self.E)
-        self.target_total = check_budget(self.total_rank, len(layers), target_rank, target_total_rank)
-        check_schedule(init_warmup, final_warmup, total_step)
+        self.target_total = check_budget(self.total_rank, len(self.names), target_rank, target_total_rank)
         self.init_warmup, self.final_warmup, self.mask_interval = init_warmup, final_warmup, mask_interval
-        self.total_step, self.beta1, self.beta2 = total_step, beta1, beta2
+        self.beta1, self.beta2 = beta1, beta2
+        self.total_step = 0
+        if total_step is not None:
+            self.begin(total_step)
         self.restart()
+
+    def begin(self, total_step: int) -> None:
+        """Take the number of optimizer steps of the whole run, which the schedule of the budget depends on.
+
+        Raises:
+            InputError: the two warm-ups leave no step in between (ledger A6).
+        """
+        check_schedule(self.init_warmup, self.final_warmup, total_step)
+        self.total_step = total_step
 
     def restart(self) -> None:
         """Forget all importance (a run that starts over)."""
         self.parameters = [*self.A, *self.B, *self.E]
-        full = [torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype for p in self.parameters]
-        self.importance = [torch.zeros_like(p, dtype=t) for p, t in zip(self.parameters, full, strict=True)]
-        self.uncertainty = [torch.zeros_like(i) for i in self.importance]
+        self._averages: tuple[list[Tensor], list[Tensor]] | None = None
         self.budget = self.total_rank
         self.threshold: Tensor | None = None  # scalar on the device; None until the first mask
+
+    @property
+    def importance(self) -> list[Tensor]:
+        """Ibar of every element of all A, then all B, then all E; zeros at first."""
+        return self._start()[0]
+
+    @property
+    def uncertainty(self) -> list[Tensor]:
+        """U of every element, in the order of `importance`."""
+        return self._start()[1]
+
+    def _start(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Make the averages when they are first needed: by then the model is on the device where it trains."""
+        if self._averages is None:
+            full = [torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype for p in self.parameters]
+            zeros = [torch.zeros_like(p, dtype=t) for p, t in zip(self.parameters, full, strict=True)]
+            self._averages = zeros, [torch.zeros_like(z) for z in zeros]
+        return self._averages
 
     def schedule(self, step: int) -> tuple[int, bool]:
         """Budget (total singular values) and whether a mask is due at this step (ledger A4; paper eq. 12)."""
@@ -91,7 +113,12 @@ class RankAllocator:
 
         Returns:
             Whether a mask was applied.
+
+        Raises:
+            RuntimeError: the number of steps of the run is not known: call `begin` first.
         """
+        if not self.total_step:
+            raise RuntimeError("the schedule of the budget is not known yet: call begin(total_step) before step")
         # ledger A2 and A3: not at step 0, not in the final phase
         if gradients_valid and 0 < step < self.total_step - self.final_warmup:
             self._update_importance()
@@ -102,15 +129,16 @@ class RankAllocator:
 
     def _update_importance(self) -> None:
         """I = |p grad|; Ibar and U are its average and the average of |I - Ibar| (ledger A1; paper eq. 8 to 10)."""
+        importance, uncertainty = self._start()
         gradients: list[Any] = [p.grad for p in self.parameters]
         products = list(torch._foreach_mul([p.detach() for p in self.parameters], gradients))
         torch._foreach_abs_(products)
-        if products[0].dtype != self.importance[0].dtype:
-            products = [p.to(i.dtype) for p, i in zip(products, self.importance, strict=True)]
-        torch._foreach_lerp_(self.importance, products, 1 - self.beta1)
-        deviations = torch._foreach_sub(products, self.importance)
+        if products[0].dtype != importance[0].dtype:
+            products = [p.to(i.dtype) for p, i in zip(products, importance, strict=True)]
+        torch._foreach_lerp_(importance, products, 1 - self.beta1)
+        deviations = torch._foreach_sub(products, importance)
         torch._foreach_abs_(deviations)
-        torch._foreach_lerp_(self.uncertainty, deviations, 1 - self.beta2)
+        torch._foreach_lerp_(uncertainty, deviations, 1 - self.beta2)
 
     def scores(self) -> Tensor:
         """Score of every triplet, (matrices, r) (ledger A5; paper eq. 7, 11): E's, A's row mean, B's column mean."""
@@ -139,6 +167,11 @@ class RankAllocator:
         """Non-zero singular values of each matrix. Reads the device."""
         counts = torch.stack([e.detach() for e in self.E]).count_nonzero(dim=(1, 2)).tolist()
         return dict(zip(self.names, counts, strict=True))
+
+    def remaining_parameters(self) -> int:
+        """Elements of the triplets that are left: rank (in + out + 1) for each matrix. Reads the device."""
+        sizes = [a.shape[1] + b.shape[0] + 1 for a, b in zip(self.A, self.B, strict=True)]
+        return sum(rank * size for rank, size in zip(self.ranks().values(), sizes, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Importance and its uncertainty by parameter, and the threshold; the ranks are in E itself (ledger A8)."""
@@ -199,61 +232,3 @@ def check_schedule(init_warmup: int, final_warmup: int, total_step: int) -> None
             f"init_warmup {init_warmup} + final_warmup {final_warmup} must stay below the total of {total_step} "
             "optimizer steps: lower them, or train longer (--num_train_epochs, --max_steps) or with a smaller batch."
         )
-
-
-class AllocatorCallback(TrainerCallback):
-    """Runs a `RankAllocator` inside the Trainer.
-
-    Args:
-        trainer: the run's trainer (its TensorBoard writer is used).
-        allocator: the allocator.
-        interval: optimizer steps between two entries in TensorBoard (flag `tb_writter_loginterval`); None: as often
-            as the loss is logged.
-    """
-
-    def __init__(self, trainer: LoRATrainer, allocator: RankAllocator, interval: int | None) -> None:
-        self.trainer, self.allocator, self.interval = trainer, allocator, interval
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.allocator.total_step = state.max_steps  # the true one, also after auto_find_batch_size
-        check_schedule(self.allocator.init_warmup, self.allocator.final_warmup, state.max_steps)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        skipped = self.trainer.accelerator.optimizer_step_was_skipped
-        self.allocator.step(state.global_step, gradients_valid=not skipped)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % (self.interval or state.logging_steps) == 0 and state.is_world_process_zero:
-            ranks = self.allocator.ranks()
-            values: dict[str, float] = {
-                "Budget/total_rank": self.allocator.budget,
-                "Budget/sum_param": self.sum_parameters(ranks),
-            }
-            if self.allocator.threshold is not None:
-                values["Budget/mask_threshold"] = self.allocator.threshold.item()
-            self.trainer.add_scalars(values | {f"Ranknum/{name}": rank for name, rank in ranks.items()})
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Warn when nothing is left of the update: its rank is read where the loss is read anyway."""
-        masked = self.allocator.threshold is not None
-        if (
-            masked
-            and state.is_world_process_zero
-            and "loss" in (logs or {})
-            and not any(self.allocator.ranks().values())
-        ):
-            logger.warning(
-                "step %d: the rank of every matrix is 0, so the adapter adds nothing: all triplets score the same; "
-                "look at the learning rate and the gradients",
-                state.global_step,
-            )
-
-    def sum_parameters(self, ranks: dict[str, int]) -> int:
-        """Elements of the triplets that are left: rank (in + out + 1) for each matrix."""
-        sizes = [a.shape[1] + b.shape[0] + 1 for a, b in zip(self.allocator.A, self.allocator.B, strict=True)]
-        return sum(rank * size for rank, size in zip(ranks.values(), sizes, strict=True))
-
-    def summary(self) -> dict[str, Any]:
-        """Facts for run.json: the final rank of each matrix and of all."""
-        ranks = self.allocator.ranks()
-        return {"ranks": ranks, "total_rank": sum(ranks.values()), "target_total_rank": self.allocator.target_total}

@@ -137,6 +137,8 @@ class LoRALinear(nn.Linear):
         init_std: standard deviation of the initial factors.
     """
 
+    # Name of the parameter of r numbers that stands between the factors, None where nothing does.
+    between: str | None = None
     # What loralib.together prepared for one use of the layer: autocast's dtype; weight, bias, A with the diagonal, B.
     prepared: tuple[torch.dtype | None, Sequence[Any]] | None = None
 
@@ -168,7 +170,7 @@ class LoRALinear(nn.Linear):
 
     def diagonal(self) -> Tensor | None:
         """What stands between the factors, (r,), or None for ones."""
-        return None
+        return None if self.between is None else getattr(self, self.between).view(-1)
 
     def delta_weight(self) -> Tensor:
         """The update that the adapter adds to `weight`, (out, in)."""
@@ -207,6 +209,7 @@ class SVDLinear(LoRALinear):
     them. `ranknum` (1,) is r and stays so whatever is pruned (ledger L3).
     """
 
+    between = "lora_E"
     lora_E: nn.Parameter
 
     def add_parameters(self, **like: Any) -> None:
@@ -222,9 +225,6 @@ class SVDLinear(LoRALinear):
         nn.init.normal_(self.lora_B, std=self.init_std)
         nn.init.zeros_(self.lora_E)
 
-    def diagonal(self) -> Tensor:
-        return self.lora_E.view(-1)
-
 
 class GatedLinear(LoRALinear):
     """SoRA's gated factors (arXiv 2311.11696, eq. 4): y = x W^T + b + (alpha / r) (x A^T * gate) B^T.
@@ -232,6 +232,7 @@ class GatedLinear(LoRALinear):
     gate (1, r) ~ N(0, 1), A ~ N(0, init_std), B = 0 at the start (ledger L2). The optimizer's threshold zeroes gates.
     """
 
+    between = "lora_gate"
     lora_gate: nn.Parameter
 
     def add_parameters(self, **like: Any) -> None:
@@ -240,6 +241,3 @@ class GatedLinear(LoRALinear):
     def reset_lora_parameters(self) -> None:
         super().reset_lora_parameters()
         nn.init.normal_(self.lora_gate)
-
-    def diagonal(self) -> Tensor:
-        return self.lora_gate.view(-1)

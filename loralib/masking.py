@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from loralib.adapt import adapted_layers, is_lora
-from loralib.trainer import LoRATrainer
+from loralib.adapt import Factors, factors
+from loralib.errors import InputError
 
 
 class RandomMask:
@@ -19,36 +18,45 @@ class RandomMask:
     (ledger R5).
 
     Args:
-        model: holds the adapted layers, all of one r.
-        random_rank: directions that stay, 1 to r.
+        source: an adapted model, or the `Factors` of any library's layers.
+        random_rank: number of directions that stay, from 1 to the smallest r.
         version: "v1" or "v2".
         seed: seed of the run.
+
+    Raises:
+        InputError: `random_rank` or `version` lies outside its range.
     """
 
-    def __init__(self, model: nn.Module, random_rank: int, version: str, seed: int) -> None:
-        layers = list(adapted_layers(model))
-        self.names = [name for name, _ in layers]
-        self.A = [layer.lora_A for _, layer in layers]
-        self.B = [layer.lora_B for _, layer in layers]
-        self.r, self.random_rank, self.version, self.seed = layers[0][1].r, random_rank, version, seed
-        self.drawn: tuple[object, Tensor] | None = None  # key and its masks
-        self._buffers: list[Tensor] = []
+    def __init__(self, source: nn.Module | Factors, random_rank: int, version: str, seed: int) -> None:
+        of = factors(source)
+        self.names, self.A, self.B = of.names, of.A, of.B
+        self.ranks = [a.shape[0] for a in of.A]
+        self.r, least = max(self.ranks), min(self.ranks)
+        if version not in ("v1", "v2"):
+            raise InputError(f"the version of the mask is {version!r}, it must be v1 or v2.")
+        if not 1 <= random_rank <= least:
+            raise InputError(f"random_rank is {random_rank}, it must lie in 1 to {least} (lora_r).")
+        self.random_rank, self.version, self.seed = random_rank, version, seed
+        self.drawn: tuple[object, Tensor] | None = None  # the last key and its masks
+        self._buffers: list[Tensor] = []  # the masks in the shapes of the gradients, on their device
 
     def draw(self, key: int) -> Tensor:
         """Which directions of A and of B are kept, (2, matrices, r) of zeros and ones on the CPU.
 
         Args:
-            key: optimizer step or number of completed epochs (`mask_resample`).
+            key: number of the optimizer step, or of completed epochs.
         """
         # one stream for each (seed, key): the large odd factor keeps neighbouring seeds from sharing streams
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + key) % 2**63)
         noise = torch.rand(2 if self.version == "v2" else 1, len(self.names), self.r, generator=generator)
+        if min(self.ranks) < self.r:  # what lies beyond a matrix's own r is never among the smallest
+            noise[:, torch.arange(self.r) >= torch.tensor(self.ranks).unsqueeze(1)] = 2.0
         kept = noise.argsort(dim=-1)[..., : self.random_rank]
         return torch.zeros_like(noise).scatter_(-1, kept, 1.0).expand(2, -1, -1)
 
     @torch.no_grad()
     def apply(self, key: int) -> None:
-        """Zero the gradients of the directions that are not drawn for `key`."""
+        """Zero the gradients of the directions that are not drawn for `key`. Every factor must have a gradient."""
         gradients: list[Any] = [p.grad for p in (*self.A, *self.B)]
         if not self._buffers:
             self._buffers = [torch.empty_like(g) for g in gradients]
@@ -57,56 +65,16 @@ class RandomMask:
             self._fill(self.drawn[1])
         torch._foreach_mul_(gradients, self._buffers)
 
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradients of all factors together, a scalar on their device."""
+        return torch.nn.utils.get_total_norm([p.grad for p in (*self.A, *self.B) if p.grad is not None])
+
     def _fill(self, masks: Tensor) -> None:
         """Spread (2, matrices, r) over buffers of the gradients' shapes: one multiplication then masks everything."""
         device = self._buffers[0].device
         if device.type == "cuda":
             masks = masks.contiguous().pin_memory()
         masks = masks.to(device, self._buffers[0].dtype, non_blocking=True)
-        rows = [m.unsqueeze(1).expand_as(p) for m, p in zip(masks[0].unbind(), self.A, strict=True)]
-        columns = [m.unsqueeze(0).expand_as(p) for m, p in zip(masks[1].unbind(), self.B, strict=True)]
+        rows = [m[: len(a)].unsqueeze(1).expand_as(a) for m, a in zip(masks[0].unbind(), self.A, strict=True)]
+        columns = [m[: len(a)].expand_as(b) for m, a, b in zip(masks[1].unbind(), self.A, self.B, strict=True)]
         torch._foreach_copy_(self._buffers, [*rows, *columns])
-
-
-class MaskCallback(TrainerCallback):
-    """Applies a `RandomMask` between clipping and the optimizer step (ledger, order of a step).
-
-    Args:
-        trainer: the run's trainer.
-        mask: the mask.
-        resample: "step" draws anew at each optimizer step, "epoch" at each epoch (ledger R3).
-        as_released: the first step is unmasked, later ones zero the head's gradient too (ledger R1, R2).
-    """
-
-    def __init__(
-        self, trainer: LoRATrainer, mask: RandomMask, resample: str = "step", as_released: bool = False
-    ) -> None:
-        self.trainer, self.mask, self.resample, self.as_released = trainer, mask, resample, as_released
-        self.others = [p for n, p in trainer.model.named_parameters() if p.requires_grad and not is_lora(n)]
-        self.norms: dict[str, Tensor] = {}  # on the device until they are logged
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.as_released and state.global_step == 0:
-            return
-        logged = args.logging_strategy == "steps" and (state.global_step + 1) % state.logging_steps == 0
-        if logged:
-            self.norms["train/grad_norm_before_mask"] = self._norm()
-        self.mask.apply(state.global_step if self.resample == "step" else int(state.epoch or 0))
-        if self.as_released:
-            gradients: list[Any] = [p.grad for p in self.others]
-            torch._foreach_zero_(gradients)
-        if logged:
-            self.norms["train/grad_norm_after_mask"] = self._norm()
-
-    def _norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in (*self.mask.A, *self.mask.B) if p.grad is not None])
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.trainer.add_scalars({name: norm.item() for name, norm in self.norms.items()})
-        self.norms = {}
-
-    def summary(self) -> dict[str, Any]:
-        """Facts for run.json: directions that receive a gradient in each step."""
-        sides = len(self.mask.A) * (1 if self.mask.version == "v1" else 2)
-        return {"random_rank": self.mask.random_rank, "directions_per_step": self.mask.random_rank * sides}

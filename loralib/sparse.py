@@ -1,25 +1,19 @@
 """SoRA (arXiv 2311.11696): soft threshold, L1 term of the gates, and the optimizer that applies them."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from loralib.adapt import adapted_layers, parameters
+from loralib.adapt import factors
 from loralib.errors import InputError
-from loralib.layers import GatedLinear
-from loralib.trainer import LoRATrainer
-
-logger = logging.getLogger(__name__)
 
 
-def gates(model: nn.Module) -> list[nn.Parameter]:
-    """The gates of all adapted layers, (1, r) each, in `named_modules` order."""
-    return [layer.lora_gate for _, layer in adapted_layers(model) if isinstance(layer, GatedLinear)]
+def gates(model: nn.Module) -> list[Tensor]:
+    """The gates of all layers of a model adapted with `GatedLinear`, (1, r) each, in `named_modules` order."""
+    return factors(model).between
 
 
 def gate_l1(gates: Sequence[Tensor]) -> Tensor:
@@ -47,19 +41,21 @@ def released_threshold_(values: Sequence[Tensor], threshold: float) -> None:
 
 
 class SparseAdamW(torch.optim.Optimizer):
-    """AdamW as SoRA runs it, with a proximal step on the groups that have a `sparse_lambda`.
+    """AdamW as SoRA runs it, with a proximal step on the groups that have a `threshold`.
 
-    p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), then p -= lr weight_decay p, then the threshold by
-    `sparse_lambda`, which is not multiplied by the learning rate (ledger S1, S3, S4). torch's AdamW adds eps after
-    the bias correction and decays first.
+    p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), then p -= lr weight_decay p, then p is shrunk by the
+    threshold, which is not multiplied by the learning rate (ledger S1, S3, S4). torch's AdamW adds eps after the bias
+    correction and decays first.
+
+    Groups and saved states of earlier versions call the threshold `sparse_lambda`; they are taken as they are.
 
     Args:
-        params: parameters or groups; a group may set lr, betas, eps, weight_decay, sparse_lambda.
+        params: parameters or groups; a group may set lr, betas, eps, weight_decay, threshold, as_released.
         lr: learning rate.
         betas: decay of the averages.
         eps: added to sqrt(v).
         weight_decay: decoupled decay.
-        sparse_lambda: threshold of the proximal step (flag `sparse_lambda_2`), 0 for none.
+        threshold: what the proximal step shrinks by (flag `sparse_lambda_2`), 0 for no such step.
         as_released: use the released shrink instead of the soft threshold.
     """
 
@@ -70,7 +66,7 @@ class SparseAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        sparse_lambda: float = 0.0,
+        threshold: float = 0.0,
         as_released: bool = False,
     ) -> None:
         defaults = {
@@ -78,11 +74,18 @@ class SparseAdamW(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "sparse_lambda": sparse_lambda,
+            "threshold": threshold,
             "as_released": as_released,
             "step": 0,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(_with_threshold(param_group))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = [_with_threshold(group) for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -112,10 +115,15 @@ class SparseAdamW(torch.optim.Optimizer):
             torch._foreach_addcdiv_(parameters, averages, denominators, -group["lr"] * correction)
             if group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            if group["sparse_lambda"]:
+            if group["threshold"]:
                 shrink = released_threshold_ if group["as_released"] else soft_threshold_
-                shrink(parameters, group["sparse_lambda"])
+                shrink(parameters, group["threshold"])
         return loss
+
+
+def _with_threshold(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group whose threshold has its name of today."""
+    return {"threshold" if key == "sparse_lambda" else key: value for key, value in group.items()}
 
 
 def lambda_stages(schedule: str, start: float, end: float, stages: int) -> list[float]:
@@ -155,64 +163,3 @@ def lambda_stages(schedule: str, start: float, end: float, stages: int) -> list[
     except OverflowError as error:
         raise InputError(f"max_lambda is {end}, whose exponential has no end: thresholds lie well below 1.") from error
     return [start, *(back(a + (b - a) * i / (stages - 1)) for i in range(1, stages - 1)), end]
-
-
-def sora_optimizer(
-    trainer: LoRATrainer, sparse_lr: float | None, sparse_lambda_2: float, as_released: bool
-) -> SparseAdamW:
-    """The one optimizer of a SoRA run: the Trainer's two groups (with and without decay) and one for the gates.
-
-    The gates' group has learning rate `sparse_lr` (default: learning_rate), betas 0.9 and 0.999, eps 1e-6, no decay,
-    and the threshold `sparse_lambda_2` (ledger S3).
-    """
-    args, model = trainer.args, trainer.model
-    own = {id(g) for g in gates(model)}
-    decayed = set(trainer.get_decay_parameter_names(model))
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-    groups = [
-        {"params": [p for n, p in trained if n in decayed], "weight_decay": args.weight_decay},
-        {"params": [p for n, p in trained if n not in decayed]},
-        {
-            "params": gates(model),
-            "lr": args.learning_rate if sparse_lr is None else sparse_lr,
-            "betas": (0.9, 0.999),
-            "eps": 1e-6,
-            "sparse_lambda": sparse_lambda_2,
-            "as_released": as_released,
-        },
-    ]
-    return SparseAdamW(groups, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
-
-
-class GateCallback(TrainerCallback):
-    """Logs how many gates are left, and warns when none is.
-
-    Args:
-        trainer: the run's trainer.
-        threshold: `sparse_lambda_2` of the run, or of this stage of a schedule.
-    """
-
-    def __init__(self, trainer: LoRATrainer, threshold: float) -> None:
-        self.trainer, self.threshold = trainer, threshold
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        counts = parameters(self.trainer.model)
-        total = sum(g.numel() for g in gates(self.trainer.model))
-        nonzero = sum(m["rank"] for m in counts["modules"].values())
-        self.trainer.add_scalars(
-            {"Gates/nonzero_share": nonzero / total, "Gates/remaining_parameters": counts["remaining"]}
-        )
-        if nonzero == 0:
-            logger.warning(
-                "step %d: every gate is 0, so the adapter adds nothing: lower sparse_lambda_2 (here %g)",
-                state.global_step,
-                self.threshold,
-            )
-
-    def summary(self) -> dict[str, Any]:
-        """Facts for run.json: the threshold, non-zero gates of each matrix and the parameters that remain."""
-        counts = parameters(self.trainer.model)
-        gates_left = {n: m["rank"] for n, m in counts["modules"].items()}
-        return {"lambda": self.threshold, "gates": gates_left, "remaining": counts["remaining"]}

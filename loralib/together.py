@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralib.layers import GatedLinear, LoRALinear, ScaledRows, SVDLinear, autocast_dtype
+from loralib.layers import LoRALinear, ScaledRows, autocast_dtype
 
 
 def work_together(model: nn.Module) -> None:
@@ -86,7 +86,7 @@ def _prepare(module: Any, args: Any) -> None:
 def _is_stock(layer: LoRALinear) -> bool:
     """Whether nothing but parameters decides what the layer computes with."""
     own_forward = getattr(layer.forward, "__func__", None) is not LoRALinear.forward
-    own_diagonal = type(layer).diagonal not in (LoRALinear.diagonal, SVDLinear.diagonal, GatedLinear.diagonal)
+    own_diagonal = type(layer).diagonal is not LoRALinear.diagonal
     return not (own_forward or own_diagonal or hasattr(layer, "parametrizations"))
 
 

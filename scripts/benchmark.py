@@ -41,14 +41,11 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loralib.adapt import ROLES, adapt, factors
-from loralib.allocator import RankAllocator
+from loralib.adapt import ROLES
 from loralib.deberta import unpad, use_fast_attention
 from loralib.errors import InputError
-from loralib.layers import GatedLinear, LoRALinear, SVDLinear, autocast_dtype, product
-from loralib.masking import RandomMask
-from loralib.regularizer import svd_penalty
-from loralib.sparse import SparseAdamW, gate_l1, gates
+from loralib.layers import autocast_dtype, product
+from loralib.methods import Method, adalora, lora, rm_lora, sora
 from loralib.trainer import task_loss
 
 # hidden size, layers, heads, intermediate size (the hub's microsoft/deberta-v3-*)
@@ -58,7 +55,6 @@ SHAPES = {
     "deberta-v3-base": (768, 12, 12, 3072),
     "deberta-v3-large": (1024, 24, 16, 4096),
 }
-LAYERS = {"adalora": SVDLinear, "sora": GatedLinear, "svd-lora": SVDLinear}
 METHODS = ("lora", "adalora", "sora", "rm-lora-v1", "rm-lora-v2")
 PENALTY = 0.1
 PARTS = ("forward", "backward", "method", "clip", "optimizer")
@@ -103,30 +99,27 @@ class Contestant:
         self.model: Any = build(o)
         for own, shared in zip(self.model.parameters(), base.parameters(), strict=True):
             own.data = shared.data  # frozen weights exist once
-        self.penalty: Callable[[], Tensor] | None = None
-        self.before: Callable[[int], Any] | None = None
-        self.after: Callable[[int], Any] | None = None
+        self.method = Method(name)
+        self.after: Callable[[int], Any] | None = None  # PEFT's AdaLoRA is stepped by hand
         self.labels_inside = False
-        group: dict[str, Any] = {}
         if name.startswith("peft"):
             self._peft(name)
         else:
-            self._own(*name.partition("/")[::2], group)
+            self._own(*name.partition("/")[::2])
         for p in self.model.parameters():
             if p.requires_grad:
                 p.data = p.data.clone()
         self.model.to(o.device).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        gated = {id(p) for p in group.get("params", ())}
-        rest = [p for p in self.trained if id(p) not in gated]
-        if group:
-            self.optimizer: torch.optim.Optimizer = SparseAdamW([{"params": rest}, group], lr=1e-4)
+        self.method.begin(10**6)
+        if self.method.own_groups:
+            self.optimizer: torch.optim.Optimizer = self.method.optimizer(1e-4)
         else:
-            self.optimizer = torch.optim.AdamW(rest, lr=1e-4, fused=o.device.type == "cuda")
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=o.device.type == "cuda")
         if o.compile:
             self.model.forward = torch.compile(self.model.forward, mode=o.compile_mode)
 
-    def _own(self, method: str, variant: str, group: dict[str, Any]) -> None:
+    def _own(self, method: str, variant: str) -> None:
         if variant == "unpadded":
             unpad(self.model)
         elif variant != "stock":
@@ -137,17 +130,16 @@ class Contestant:
                 if type(module) is nn.Linear:
                     module.__class__ = FrozenLinear
             return
-        adapt(self.model, LAYERS.get(method, LoRALinear), list(ROLES), r=self.o.rank, lora_alpha=2 * self.o.rank)
-        if method == "adalora":
-            plan = {"init_warmup": 0, "final_warmup": 1, "mask_interval": 1, "total_step": 10**6}
-            self.after = RankAllocator(self.model, target_rank=self.o.rank // 2, **plan).step
-        if method == "sora":
-            self.penalty = partial(gate_l1, gates(self.model))
-            group |= {"params": gates(self.model), "sparse_lambda": 1e-4}
-        if method in ("adalora", "svd-lora", "rm-lora-v1", "rm-lora-v2"):
-            self.penalty = partial(svd_penalty, *factors(self.model))
-        if method.startswith("rm-lora"):
-            self.before = RandomMask(self.model, self.o.rank // 2, method[-2:], seed=0).apply
+        r = self.o.rank
+        make: dict[str, Callable[..., Method]] = {
+            "lora": lora,
+            "svd-lora": partial(lora, triplets=True, reg_orth_coef=PENALTY),
+            "adalora": partial(adalora, target_rank=r // 2, final_warmup=1, mask_interval=1, reg_orth_coef=PENALTY),
+            "sora": partial(sora, threshold=1e-4, sparse_lambda=PENALTY),
+            "rm-lora-v1": partial(rm_lora, random_rank=r // 2, version="v1", reg_orth_coef=PENALTY),
+            "rm-lora-v2": partial(rm_lora, random_rank=r // 2, version="v2", reg_orth_coef=PENALTY),
+        }
+        self.method = make[method](self.model, list(ROLES), r=r, lora_alpha=2 * r)
 
     def _peft(self, name: str) -> None:
         import peft
@@ -177,19 +169,19 @@ class Contestant:
         mark("forward")
         loss.backward()
         mark("backward")
-        if self.penalty is not None:
-            value = PENALTY * self.penalty()
+        if self.method.penalty_coef:
+            value = self.method.loss()
             gradients = torch.autograd.grad(value, self.trained, allow_unused=True)
             pairs = [(p.grad, g) for p, g in zip(self.trained, gradients, strict=True) if g is not None]
             torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs])
         mark("method")
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         mark("clip")
-        if self.before is not None:
-            self.before(self.number)
+        self.method.before_step(self.number)
         mark("method")
         self.optimizer.step()
         mark("optimizer")
+        self.method.after_step(self.number + 1)
         if self.after is not None:
             self.after(self.number + 1)
         mark("method")

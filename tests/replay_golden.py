@@ -12,9 +12,9 @@ import math
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -26,15 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from loralib.adapt import adapt, factors
 from loralib.adapters.own import load_trained
-from loralib.allocator import AllocatorCallback, RankAllocator
 from loralib.deberta import use_fast_attention
 from loralib.glue.arguments import GlueTrainingArguments
-from loralib.layers import GatedLinear, LoRALinear, SVDLinear
-from loralib.masking import MaskCallback, RandomMask
-from loralib.regularizer import frd_penalty, svd_penalty
-from loralib.sparse import GateCallback, gate_l1, gates, sora_optimizer
+from loralib.masking import RandomMask
+from loralib.methods import Method, adalora, lora, rm_lora, sora
 from loralib.trainer import LoRATrainer
 
 LOSS_TOLERANCE, PARAMETER_TOLERANCE = 1e-6, 1e-5
@@ -49,33 +45,49 @@ class RecordingTrainer(LoRATrainer):
         return loss
 
 
-class RecordedMask(RandomMask):
-    """Draws from a list in place of the generator."""
+def recorded_draws(selections: list[list[int]]) -> Any:
+    """Stands for `RandomMask.draw`: takes the draws from a list in place of the generator."""
+    remaining = list(selections)
 
-    def __init__(self, *args: Any, selections: list[list[int]]) -> None:
-        super().__init__(*args)
-        self.remaining = list(selections)
-
-    def draw(self, key: int) -> Tensor:
+    def draw(self: RandomMask, key: int) -> Tensor:
         masks = torch.zeros(2, len(self.names), self.r)
         for i in range(len(self.names)):
-            rows = self.remaining.pop(0)
-            columns = self.remaining.pop(0) if self.version == "v2" else rows
+            rows = remaining.pop(0)
+            columns = remaining.pop(0) if self.version == "v2" else rows
             masks[0, i, rows] = 1.0
             masks[1, i, columns] = 1.0
         return masks
+
+    return draw
 
 
 class RecordAllocations(TrainerCallback):
     """Keeps budget and ranks of each step."""
 
-    def __init__(self, allocator: RankAllocator) -> None:
+    def __init__(self, allocator: Any) -> None:
         self.allocator = allocator
         self.steps: list[dict[str, Any]] = []
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         nonzero = {f"{name}.lora_E": rank for name, rank in self.allocator.ranks().items()}
         self.steps.append({"global_step": state.global_step, "budget": self.allocator.budget, "nonzero": nonzero})
+
+
+def choose(method: str, model: Any, h: dict[str, Any]) -> Method:
+    """The method of a recorded case, put into the model, with the released code's behaviour."""
+    modules = h["lora_module"].split(",")
+    common: dict[str, Any] = {"r": h["lora_r"], "lora_alpha": h["lora_alpha"]}
+    if method == "sora":
+        gates = {"sparse_lambda": h.get("sparse_lambda", 0.0), "sparse_lr": h.get("sparse_lr")}
+        return sora(model, modules, threshold=h["sparse_lambda_2"], as_released=True, **gates, **common)
+    common["reg_orth_coef"] = h.get("reg_orth_coef", 0.0)
+    if method == "adalora":
+        names = ("target_rank", "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2")
+        return adalora(model, modules, log_every=10**9, **{name: h[name] for name in names if name in h}, **common)
+    if method == "rm-lora":
+        kind = {"random_rank": h["random_rank"], "version": h["lora_type"]}
+        return rm_lora(model, modules, as_released=True, **kind, **common)
+    return lora(model, modules, triplets=h.get("lora_type") == "svd", **common)
 
 
 def replay(path: Path, output_dir: str) -> dict[str, Any]:
@@ -86,9 +98,7 @@ def replay(path: Path, output_dir: str) -> dict[str, Any]:
     method, h, t, expected = case["method"], case["hparams"], case["train"], case["expected"]
     model = DebertaV2ForSequenceClassification(DebertaV2Config(**case["model"])).double()
     use_fast_attention(model)
-    svd = h.get("lora_type") == "svd"
-    layer = GatedLinear if method == "sora" else SVDLinear if svd else LoRALinear
-    adapt(model, layer, h["lora_module"].split(","), r=h["lora_r"], lora_alpha=h["lora_alpha"])
+    chosen = choose(method, model, h)
     initial = {k.removeprefix("init/"): v for k, v in tensors.items() if k.startswith("init/")}
     load_trained(model, initial, path.name, head_may_differ=False)
 
@@ -114,37 +124,19 @@ def replay(path: Path, output_dir: str) -> dict[str, Any]:
             *(tensors[f"data/{k}"] for k in ("input_ids", "attention_mask", "labels")), strict=True
         )
     ]
-    released = {"as_released": True}
-    if method == "sora":
-        parts = {
-            "penalty": partial(gate_l1, gates(model)),
-            "penalty_coef": h.get("sparse_lambda", 0.0),
-            "make_optimizer": partial(
-                sora_optimizer, sparse_lr=h.get("sparse_lr"), sparse_lambda_2=h["sparse_lambda_2"], **released
-            ),
-        }
-    else:
-        penalty = frd_penalty if h.get("lora_type") == "frd" else svd_penalty
-        parts = {"penalty": partial(penalty, *factors(model)), "penalty_coef": h.get("reg_orth_coef", 0.0)}
-    trainer = RecordingTrainer(model=model, args=args, train_dataset=rows, data_collator=default_data_collator, **parts)
+    trainer = RecordingTrainer(
+        method=chosen, model=model, args=args, train_dataset=rows, data_collator=default_data_collator
+    )
     record = None
-    if method == "sora":
-        trainer.add_callback(GateCallback(trainer, h["sparse_lambda_2"]))
-    elif method == "adalora":
-        names = ("target_rank", "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2")
-        settings = {"target_rank": None} | {name: h[name] for name in names if name in h}
-        allocator = RankAllocator(model, total_step=t["steps"], **settings)
-        trainer.add_callback(AllocatorCallback(trainer, allocator, interval=10**9))
-        record = RecordAllocations(allocator)
+    if method == "adalora":
+        record = RecordAllocations(chosen.state["allocator"])
         trainer.add_callback(record)
-    elif method == "rm-lora":
-        mask = RecordedMask(model, h["random_rank"], h["lora_type"], 0, selections=expected["selections"])
-        trainer.add_callback(MaskCallback(trainer, mask, "step", **released))
     # the Trainer prints its last log where no progress bar is shown; this command prints one object a line
     trainer.callback_handler.callbacks = [
         c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
     ]
-    trainer.train()
+    with patch.object(RandomMask, "draw", recorded_draws(expected.get("selections", []))):
+        trainer.train()
 
     own = dict(model.named_parameters())
     final = {k.removeprefix("final/"): v for k, v in tensors.items() if k.startswith("final/")}

@@ -13,7 +13,6 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,13 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from loralib.adapt import adapt, factors
-from loralib.allocator import AllocatorCallback, RankAllocator
 from loralib.glue.arguments import GlueTrainingArguments, command
-from loralib.layers import GatedLinear, LoRALinear, SVDLinear
-from loralib.masking import MaskCallback, RandomMask
-from loralib.regularizer import frd_penalty, svd_penalty
-from loralib.sparse import GateCallback, gate_l1, gates, sora_optimizer
+from loralib.methods import Method, adalora, full_fine_tuning, lora, rm_lora, sora
 from loralib.trainer import LoRATrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +92,25 @@ def arguments(folder: Path | str, **changes: Any) -> GlueTrainingArguments:
     return GlueTrainingArguments(**(usual | changes))
 
 
+def choose(
+    method: str, model: torch.nn.Module, modules: list[str], seed: int, resample: str = "step", **settings: Any
+) -> Method:
+    """The method of that name, put into the model."""
+    svd = {"target_rank": 2, "mask_interval": 1, "log_every": 10**9, "reg_orth_coef": 0.1}
+    mask = {"random_rank": 2, "mask_resample": resample, "seed": seed, "reg_orth_coef": 0.1}
+    gates = {"threshold": 0.02, "sparse_lambda": 0.1}
+    if method == "full":
+        return full_fine_tuning(model)
+    if method == "adalora":
+        return adalora(model, modules, **svd, **settings)
+    if method == "sora":
+        return sora(model, modules, **gates, **settings)
+    if method.startswith("rm-lora"):
+        return rm_lora(model, modules, version=method[-2:], **mask, **settings)
+    coef = 0.0 if method == "lora" else 0.1
+    return lora(model, modules, reg_orth_coef=coef, triplets=method == "svd-lora", **settings)
+
+
 def trainer(
     method: str,
     args: GlueTrainingArguments,
@@ -133,19 +146,13 @@ def trainer(
         pooler_dropout=dropout,
     )
     model = DebertaV2ForSequenceClassification(config).to(dtype)
-    layer = {"svd-lora": SVDLinear, "adalora": SVDLinear, "sora": GatedLinear}.get(method, LoRALinear)
+    chosen = choose(method, model, modules or SIX, args.seed, resample, r=lora_r, lora_alpha=8, lora_dropout=dropout)
     parts: dict[str, Any] = {}
-    if method != "full":
-        adapt(model, layer, modules or SIX, r=lora_r, lora_alpha=8, lora_dropout=dropout)
-        parts["adapter"] = {"method": method, "layer": layer.__name__, "lora_r": lora_r, "lora_alpha": 8}
+    if chosen.factors is not None:
+        parts["adapter"] = {"method": method, "lora_r": lora_r, "lora_alpha": 8}
         parts["settings"] = {"lora_r": lora_r, "mask_resample": resample}
-    if method == "sora":
-        parts["make_optimizer"] = partial(sora_optimizer, sparse_lr=None, sparse_lambda_2=0.02, as_released=False)
-        parts |= {"penalty": partial(gate_l1, gates(model)), "penalty_coef": 0.1}
-    elif method not in ("lora", "full"):
-        penalty = frd_penalty if method == "lora-orth" else svd_penalty
-        parts |= {"penalty": partial(penalty, *factors(model)), "penalty_coef": 0.1}
     run = LoRATrainer(
+        method=chosen,
         model=model,
         args=args,
         train_dataset=train,
@@ -154,17 +161,9 @@ def trainer(
         compute_metrics=compute_metrics,
         **parts,
     )
-    if method == "adalora":
-        total = run.total_steps()
-        allocator = RankAllocator(
-            model, target_rank=2, init_warmup=total // 4, final_warmup=total // 4, mask_interval=1, total_step=total
-        )
-        run.method_state["allocator"] = allocator
-        run.add_callback(AllocatorCallback(run, allocator, interval=10**9))
-    elif method == "sora":
-        run.add_callback(GateCallback(run, threshold=0.02))
-    elif method.startswith("rm-lora"):
-        run.add_callback(MaskCallback(run, RandomMask(model, 2, method[-2:], args.seed), resample))
+    if method == "adalora":  # the warm-ups follow from the length of the run
+        allocator: Any = chosen.state["allocator"]
+        allocator.init_warmup = allocator.final_warmup = run.total_steps() // 4
     quiet = [c for c in run.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
     run.callback_handler.callbacks = quiet
     return run

@@ -113,6 +113,10 @@ def test_counts_are_exact_by_module_and_in_sum() -> None:
 def test_factors_come_in_the_order_of_the_model() -> None:
     model = bert()
     adapt(model, LoRALinear, [ALL_LINEAR], r=2, lora_alpha=4.0)
-    lora_A, lora_B = factors(model)
-    assert all(a is layer.lora_A for a, (_, layer) in zip(lora_A, adapted_layers(model), strict=True))
-    assert all(b is layer.lora_B for b, (_, layer) in zip(lora_B, adapted_layers(model), strict=True))
+    of = factors(model)
+    assert of.names == [name for name, _ in adapted_layers(model)] and of.between == []
+    assert all(a is layer.lora_A for a, (_, layer) in zip(of.A, adapted_layers(model), strict=True))
+    assert all(b is layer.lora_B for b, (_, layer) in zip(of.B, adapted_layers(model), strict=True))
+    assert factors(of) is of and of.ranks() == dict.fromkeys(of.names, 2)
+    with pytest.raises(InputError, match="has no adapted layer"):
+        factors(bert())

@@ -1,7 +1,6 @@
 """Rows of docs/ledger.md that no other test holds: what trains, groups of the optimizer, steps, counts, warnings."""
 
 import logging
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,8 @@ from loralib.adapt import adapt, adapted_layers, parameters
 from loralib.glue import flow
 from loralib.glue.arguments import GlueTrainingArguments
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
-from loralib.sparse import gates, sora_optimizer
+from loralib.methods import sora
+from loralib.sparse import gates
 from loralib.trainer import LoRATrainer
 
 
@@ -84,8 +84,7 @@ def test_penalty_of_weight_zero_is_not_computed(tmp_path: Path) -> None:
 def _sora(folder: Path, rows: int, **flags: Any) -> LoRATrainer:
     model = Classifier()
     adapt(model, GatedLinear, ["all-linear"], r=2, lora_alpha=2)
-    make = partial(sora_optimizer, sparse_lr=0.5, sparse_lambda_2=0.25, as_released=False)
-    return _trainer(model, _rows(rows), folder, flags, make_optimizer=make)
+    return _trainer(model, _rows(rows), folder, flags, method=sora(model, threshold=0.25, sparse_lr=0.5))
 
 
 def test_gates_have_a_group_of_their_own(tmp_path: Path) -> None:
@@ -96,9 +95,9 @@ def test_gates_have_a_group_of_their_own(tmp_path: Path) -> None:
     (group,) = [g for g in groups if any(id(p) in own for p in g["params"])]
     assert {id(p) for p in group["params"]} == own
     assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-6 and group["weight_decay"] == 0
-    assert group["lr"] == 0.5 and group["sparse_lambda"] == 0.25
+    assert group["lr"] == 0.5 and group["threshold"] == 0.25
     others = [g for g in groups if g is not group]
-    assert {(g["betas"], g["eps"], g["lr"], g["sparse_lambda"]) for g in others} == {((0.5, 0.6), 1e-3, 0.1, 0.0)}
+    assert {(g["betas"], g["eps"], g["lr"], g["threshold"]) for g in others} == {((0.5, 0.6), 1e-3, 0.1, 0.0)}
     assert sorted(g["weight_decay"] for g in others) == [0.0, 0.1]
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in trainer.model.parameters())
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from loralib.allocator import RankAllocator
 from loralib.errors import InputError
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear, product
 from loralib.masking import RandomMask
+from loralib.methods import rm_lora
 from loralib.regularizer import frd_penalty, svd_penalty
 from loralib.sparse import (
     SparseAdamW,
@@ -546,7 +546,7 @@ def test_sparse_adamw_is_torch_adamw_with_a_shifted_eps() -> None:
 
 def test_sparse_adamw_thresholds_its_gate_group_alone() -> None:
     weight, gate = nn.Parameter(torch.full((3,), 0.01)), nn.Parameter(torch.tensor([0.01, 1.0, -1.0]))
-    optimizer = SparseAdamW([{"params": [weight]}, {"params": [gate], "sparse_lambda": 0.1}], lr=0.0)
+    optimizer = SparseAdamW([{"params": [weight]}, {"params": [gate], "threshold": 0.1}], lr=0.0)
     weight.grad, gate.grad = torch.ones(3), torch.ones(3)
     optimizer.step()
     assert weight.tolist() == pytest.approx([0.01] * 3)
@@ -601,22 +601,17 @@ def test_lambda_stages_refuses(arguments: tuple, said: str) -> None:
         lambda_stages(*arguments)
 
 
-def test_mask_callback_released_behaviour() -> None:
+def test_rm_lora_as_released() -> None:
     """Ledger R1, R2 and R3: which steps are masked and what becomes of the head, by flag."""
-    from loralib.masking import MaskCallback
-
     model = Model(LoRALinear)
     model.head = nn.Linear(3, 2, dtype=torch.float64)
     for layer in model.layers:
         layer.weight.requires_grad = layer.bias.requires_grad = False
-    trainer = SimpleNamespace(model=model)
-    args = SimpleNamespace(logging_strategy="no")
 
     def masked(as_released: bool, step: int) -> tuple[int, bool]:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
-        callback = MaskCallback(trainer, RandomMask(model, 1, "v1", 0), "step", as_released)
-        callback.on_pre_optimizer_step(args, SimpleNamespace(global_step=step, epoch=0.0), None)
+        rm_lora(model, random_rank=1, as_released=as_released).before_step(step)
         return int(model.layers[0].lora_A.grad.any(1).sum()), bool(model.head.weight.grad.any())
 
     assert masked(False, 0) == (1, True) == masked(False, 1)

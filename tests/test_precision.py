@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from loralib.adapt import adapt
-from loralib.allocator import AllocatorCallback, RankAllocator
+from loralib.allocator import RankAllocator
 from loralib.layers import GatedLinear, SVDLinear
+from loralib.methods import adalora
 from loralib.regularizer import frd_penalty, svd_penalty
 from loralib.sparse import SparseAdamW, gate_l1, gates
+from loralib.training.method_callback import MethodCallback
 
 TRAIN = runs.rows(24)
 STEPS = {"max_steps": 12, "logging_steps": 1, "save_strategy": "no"}
@@ -99,7 +101,7 @@ def test_a_skipped_step_leaves_gates_weights_and_moments() -> None:
     model = small(GatedLinear)
     own = {id(g) for g in gates(model)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    optimizer = SparseAdamW([{"params": rest}, {"params": gates(model), "sparse_lambda": 0.05}], lr=0.1)
+    optimizer = SparseAdamW([{"params": rest}, {"params": gates(model), "threshold": 0.05}], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     backward(model, scaler, optimizer, poisoned=False)
     before, moments = snapshot(model), [s["exp_avg"].clone() for s in optimizer.state.values()]
@@ -115,26 +117,25 @@ def test_a_skipped_step_leaves_gates_weights_and_moments() -> None:
 def test_a_skipped_step_leaves_importance_but_not_a_mask_that_is_due() -> None:
     """The callback as the Trainer calls it, which it does after a skipped step too (ledger A7)."""
     model = small(SVDLinear)
-    allocator = RankAllocator(model, target_rank=2, init_warmup=1, final_warmup=1, mask_interval=2, total_step=8)
+    method = adalora(model, target_rank=2, init_warmup=1, final_warmup=1, mask_interval=2)
+    method.begin(8)
+    allocator = method.state["allocator"]
 
-    class Accelerator:
-        optimizer_step_was_skipped = False
-
-    class Trainer:
-        accelerator = Accelerator()
+    class Wrapper:  # accelerate's
+        step_was_skipped = False
 
     class State:
         global_step = 0
 
-    trainer, state = Trainer(), State()
-    callback = AllocatorCallback(trainer, allocator, interval=10**9)
+    wrapper, state = Wrapper(), State()
+    callback = MethodCallback(method)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
 
     def step(poisoned: bool) -> None:
         backward(model, scaler, optimizer, poisoned)
-        trainer.accelerator.optimizer_step_was_skipped = poisoned
-        callback.on_optimizer_step(None, state, None)
+        wrapper.step_was_skipped = poisoned
+        callback.on_optimizer_step(None, state, None, optimizer=wrapper)
         state.global_step += 1
 
     for _ in range(3):

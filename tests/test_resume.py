@@ -84,7 +84,7 @@ def test_penalty_and_train_loss_are_those_of_the_whole_run(tmp_path: Path) -> No
     resumed = make("svd-lora", tmp_path / "b", logging_steps=4)
     resumed.train(str(tmp_path / "a" / "checkpoint-3"))
     log = next(log for log in resumed.state.log_history if log.get("step") == 4)
-    for name in ("penalty", "loss", "task_loss"):
+    for name in ("orth_regu_loss", "loss", "task_loss"):
         assert log[name] == pytest.approx(sum(s[name] for s in steps[:4]) / 4, rel=1e-5)
     train_loss = resumed.state.log_history[-1]["train_loss"]
     assert train_loss == pytest.approx(sum(s["loss"] for s in steps) / 8, rel=1e-5)

@@ -28,11 +28,13 @@ from loralib.glue.data import GlueData, load
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
 from loralib.glue.folder import clear_output_dir, prepare_output_dir
 from loralib.glue.metrics import compute_metrics, metric_names, to_labels
+from loralib.glue.model import adapter_config, load_lora_path
 from loralib.glue.predictions import check_submission, write_predictions, write_submission
 from loralib.glue.record import write_run
 from loralib.glue.tasks import Task
 from loralib.glue.tokens import check_vocabulary, collator, pad_on_the_right, row_length, tokenize
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
+from loralib.methods import Method
 from loralib.training.lock import unlock
 from loralib.training.trainer import LoRATrainer
 
@@ -171,6 +173,53 @@ def trainer_parts(
         "compute_metrics": compute_metrics(data.task),
         "settings": _settings(run, data.task),
     }
+
+
+def make_trainer(
+    run: Run, method: Method, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: GlueData
+) -> LoRATrainer:
+    """The trainer of a method on the run's data; what it is about to do is logged."""
+    load_start(run, model)
+    trainer = trainer_of(run, method, trainer_parts(run, data, tokenizer, run.arguments[1], model), data.task)
+    describe(run, trainer, method)
+    return trainer
+
+
+def load_start(run: Run, model: PreTrainedModel) -> None:
+    """Let an adapted model start from the adapter of `--lora_path`, where that is given."""
+    lora = run.arguments[2]
+    if lora.lora_path:
+        load_lora_path(model, lora.lora_path)
+
+
+def trainer_of(run: Run, method: Method, parts: dict[str, Any], task: Task) -> LoRATrainer:
+    """A trainer from the `trainer_parts`, with the facts for `adapter.json`."""
+    model, _, lora, _ = run.arguments
+    adapter = None
+    if method.factors is not None:
+        layer = getattr(lora, "lora_type", "sparse" if method.factors.between else "frd")
+        adapter = adapter_config(method.name, lora, model, task, layer=layer)
+    return LoRATrainer(method=method, adapter=adapter, **parts)
+
+
+def describe(run: Run, trainer: LoRATrainer, method: Method, title: str = "") -> None:
+    """Log what will happen. The method refuses a number of steps that it cannot work with.
+
+    Args:
+        title: what the log calls the method; its name where not given.
+    """
+    plan = ""
+    if run.training.do_train:
+        method.begin(trainer.total_steps())
+        plan = method.plan(trainer.total_steps())
+    adapted = method.factors.names if method.factors else []
+    announce(run, trainer, title or method.name, adapted, *filter(None, [plan]))
+
+
+def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData) -> dict[str, Any]:
+    """Train, evaluate, predict as the flags say, and write `run.json`. Returns the final metrics."""
+    assert trainer.method is not None
+    return finish(run, trainer, data, trainer.method.name)
 
 
 def _check_best_metric(training: GlueTrainingArguments, task: Task) -> None:

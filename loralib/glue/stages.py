@@ -7,17 +7,58 @@ The last stage is the run itself. Each stage has its own optimizer, warm-up and 
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from loralib.adapters.own import load_adapter
+from loralib.glue.data import GlueData
 from loralib.glue.folder import clear_output_dir
 from loralib.glue.record import RUN_FILE
-from loralib.glue.run import Run
+from loralib.glue.run import Run, describe, load_start, train_and_report, trainer_of, trainer_parts
+from loralib.methods import Method
 from loralib.training.manifest import last_checkpoint
 from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
+
+
+def train_in_stages(
+    run: Run,
+    methods: Sequence[Method],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: GlueData,
+    epochs: float | None,
+) -> dict[str, Any]:
+    """Train a model with one method after the other, each from where the last one ended; one method is one plain run.
+
+    Args:
+        methods: of each stage, on one and the same model.
+        epochs: epochs of every stage but the first; None: those of the run.
+
+    Returns:
+        The final metrics of the last stage.
+    """
+    load_start(run, model)
+    parts = trainer_parts(run, data, tokenizer, run.arguments[1], model)
+    *earlier, last = methods
+    for number, method in enumerate(earlier):
+        stage = start_stage(run, number, run.training.num_train_epochs if number == 0 else epochs)
+        trainer = trainer_of(stage, method, parts | {"args": stage.training}, data.task)
+        if not take_finished_stage(stage, trainer):
+            describe(stage, trainer, method, f"{method.name}, stage {number} of {len(methods)}")
+            train_and_report(stage, trainer, data)
+    if earlier:
+        run = last_stage(run, len(earlier), epochs, tuple(last.facts()))
+    trainer = trainer_of(run, last, parts | {"args": run.training}, data.task)
+    describe(run, trainer, last)
+    metrics = train_and_report(run, trainer, data)
+    if earlier:
+        show_stages(run)
+    return metrics
 
 
 def start_stage(run: Run, number: int, epochs: float | None) -> Run:

@@ -10,24 +10,15 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from loralib.adapters.own import load_method_state, save_method_state
 from loralib.errors import RunError
+from loralib.methods import Stateful
 from loralib.training.guards import Guards
 from loralib.training.manifest import last_good, write_manifest
 from loralib.training.settings import NUMERIC_ARGUMENTS
-
-
-class Stateful(Protocol):
-    """A method's piece whose state belongs into a checkpoint (an allocator, say)."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None: ...
-
-    def restart(self) -> None: ...
 
 
 class RunningSums(Protocol):

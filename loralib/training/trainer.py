@@ -4,6 +4,7 @@ No loop is copied: everything here is an override of the stock Trainer's, and no
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers.integrations import TensorBoardCallback
 from loralib.adapt import adapted_layers
 from loralib.adapters.own import load_adapter, save_adapter
 from loralib.adapters.writing import disk_errors
+from loralib.methods import Method
+from loralib.training.method_callback import MethodCallback
 from loralib.training.resume import ExactResume
 from loralib.training.sampling import OWN_ROWS
 
@@ -65,10 +68,24 @@ class PenaltyState:
         self.steps = progress.get("penalty_steps", 0)
 
 
+def _optimizer(method: Method, trainer: Any) -> torch.optim.Optimizer:
+    """The optimizer that a method asks for, with the settings of the trainer's flags."""
+    args = trainer.args
+    return method.optimizer(
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+        args.weight_decay,
+        decayed=set(trainer.get_decay_parameter_names(trainer.model)),
+    )
+
+
 class LoRATrainer(ExactResume):
     """Trainer of an adapted (or, without `adapter`, of a fully fine-tuned) sequence classifier.
 
     Args:
+        method: what to train with. It brings penalty, optimizer and state; the four arguments for these below are for
+            a variant of LoRA that has no `Method`.
         penalty: returns a scalar from the model's factors; its gradient enters at the end of each accumulation group,
             before clipping, exactly as if `penalty_coef * penalty()` were part of every micro-batch's loss.
         penalty_coef: weight of the penalty; with 0 it is not computed (ledger L7).
@@ -81,6 +98,7 @@ class LoRATrainer(ExactResume):
     def __init__(
         self,
         *,
+        method: Method | None = None,
         penalty: Callable[[], Tensor] | None = None,
         penalty_coef: float = 0.0,
         penalty_name: str = "penalty",
@@ -88,7 +106,15 @@ class LoRATrainer(ExactResume):
         adapter: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if method is not None:
+            penalty, penalty_coef, penalty_name = method.penalty, method.penalty_coef, method.penalty_name
+            kwargs["method_state"] = method.state
+            if method.own_groups:
+                make_optimizer = partial(_optimizer, method)
         super().__init__(**kwargs)
+        self.method = method
+        if method is not None:
+            self.add_callback(MethodCallback(method, self.add_scalars))
         # DeBERTa's forward takes **kwargs, which the Trainer reads as "divides its loss itself"; ours does not.
         self.model_accepts_loss_kwargs = False
         self.penalty = penalty if penalty_coef else None
@@ -97,8 +123,8 @@ class LoRATrainer(ExactResume):
         self.adapter = adapter
         self._penalties = PenaltyState(self.args.device)
         self.running_sums.append(self._penalties)
-        method = "full" if adapter is None else adapter.get("method", "full")
-        self.settings |= {"method": method, "modules": [name for name, _ in adapted_layers(self.model)]}
+        name = "full" if adapter is None else adapter.get("method", "full")
+        self.settings |= {"method": name, "modules": [name for name, _ in adapted_layers(self.model)]}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and getattr(self.args, "logging_dir", None) is not None:
                 callback.logging_dir = self.args.logging_dir

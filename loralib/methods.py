@@ -1,0 +1,390 @@
+"""What each method is, as one value: its layer, its loss term, and what it does around the optimizer's step.
+
+| method | layer | loss term | before the step | optimizer | after the step |
+|---|---|---|---|---|---|
+| LoRA | LoRALinear | (frd_penalty) | | AdamW | |
+| AdaLoRA | SVDLinear | svd_penalty | | AdamW | RankAllocator |
+| SoRA | GatedLinear | gate_l1 | | SparseAdamW, a threshold on the gates | |
+| RM-LoRA | LoRALinear | svd_penalty | RandomMask | AdamW | |
+
+The four functions below adapt a model and return a `Method`. A training loop calls it at these places:
+
+    method = rm_lora(model, ["query", "value"], r=8, lora_alpha=16, random_rank=4)
+    optimizer = method.optimizer(lr=1e-3)
+    method.begin(steps)
+    for step, batch in enumerate(batches):
+        (loss_of(model, batch) + method.loss()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        method.before_step(step)
+        optimizer.step()
+        method.after_step(step)
+        optimizer.zero_grad()
+
+`loralib.training.method_callback` calls it from the hooks of the stock Trainer.
+"""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loralib.adapt import Factors, adapt, factors, is_lora
+from loralib.allocator import RankAllocator
+from loralib.errors import InputError
+from loralib.layers import GatedLinear, LoRALinear, SVDLinear
+from loralib.masking import RandomMask
+from loralib.regularizer import frd_penalty, svd_penalty
+from loralib.sparse import SparseAdamW, gate_l1
+
+
+class Stateful(Protocol):
+    """A piece of a method whose state belongs into a checkpoint (an allocator, say)."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None: ...
+
+    def restart(self) -> None: ...
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What a method does at a place where it does nothing."""
+
+
+@dataclass
+class Method:
+    """One row of the table above. A method that leaves a field as it is does nothing there.
+
+    Attributes:
+        name: the name in logs, records and reports.
+        model: the adapted model; None where only factors were handed in.
+        factors: the matrices that it works on; None for full fine-tuning.
+        penalty: returns the loss term without its weight, a scalar.
+        penalty_coef: weight of the loss term; with 0 it is not computed (ledger L7).
+        penalty_name: name under which the loss term is logged, without its weight.
+        begin: begin(total_steps) is called once before the first step. It raises InputError where the method's
+            schedule does not fit into so many optimizer steps.
+        before_step: before_step(step, epoch=0, measure=False) is called after clipping and before the optimizer's step
+            `step` (0 for the first) of epoch `epoch`. `measure`: this step is logged, so `scalars` may report on it.
+        after_step: after_step(step, gradients_valid=True) is called right after the optimizer's step, while the
+            gradients are still there. `gradients_valid`: False where a gradient scaler skipped the step.
+        optimizer_class: optimizer that the method needs.
+        own_groups: parameter groups with settings of their own (SoRA's gates).
+        state: pieces whose state a checkpoint keeps, by name.
+        scalars: numbers to log, by the name that TensorBoard shows. It reads the device.
+        log_every: number of optimizer steps from one such log to the next; None: whenever the loss is logged.
+        complaint: a sentence if the adapter has come to nothing, else None. It reads the device.
+        facts: what the record of a run says of the method once it is over. It reads the device.
+        plan: plan(total_steps) is a sentence about what the method will do in a run, "" for none.
+    """
+
+    name: str
+    model: nn.Module | None = None
+    factors: Factors | None = None
+    penalty: Callable[[], Tensor] | None = None
+    penalty_coef: float = 0.0
+    penalty_name: str = "penalty"
+    begin: Callable[[int], None] = _nothing
+    before_step: Callable[..., Any] = _nothing
+    after_step: Callable[..., Any] = _nothing
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
+    own_groups: list[dict[str, Any]] = field(default_factory=list)
+    state: dict[str, Stateful] = field(default_factory=dict)
+    scalars: Callable[[], dict[str, float]] = dict
+    log_every: int | None = None
+    complaint: Callable[[], str | None] = _nothing
+    facts: Callable[[], dict[str, Any]] = dict
+    plan: Callable[[int], str] = lambda total_steps: ""
+
+    def loss(self) -> Tensor | float:
+        """The weighted loss term, to add to the task's loss: a scalar, 0.0 for none.
+
+        With gradient accumulation, add it to the loss of each micro-batch before that is divided.
+        """
+        return self.penalty_coef * self.penalty() if self.penalty is not None and self.penalty_coef else 0.0
+
+    def optimizer(
+        self,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decayed: Container[str] | None = None,
+    ) -> Any:
+        """The method's optimizer over everything in the model that trains.
+
+        Args:
+            lr, betas, eps, weight_decay: as torch's AdamW; the method's own groups may say otherwise (ledger S3).
+            decayed: names of the parameters that decay; None: those of two dimensions or more.
+
+        Raises:
+            InputError: there is no model, so which parameters train is not known here.
+        """
+        if self.model is None:
+            raise InputError(f"{self.name} has factors and no model: give their parameters to an optimizer yourself.")
+        own = {id(p) for group in self.own_groups for p in group["params"]}
+        rest = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in own]
+        decay = [p.dim() > 1 if decayed is None else n in decayed for n, p in rest]
+        groups = [
+            {"params": [p for (_, p), d in zip(rest, decay, strict=True) if d], "weight_decay": weight_decay},
+            {"params": [p for (_, p), d in zip(rest, decay, strict=True) if not d], "weight_decay": 0.0},
+        ]
+        make: Any = self.optimizer_class
+        return make([*groups, *self.own_groups], lr=lr, betas=betas, eps=eps)
+
+
+def full_fine_tuning(model: nn.Module) -> Method:
+    """Every parameter trains, and nothing is adapted."""
+    return Method("full", model)
+
+
+def lora(
+    model: nn.Module | Factors,
+    modules: Sequence[str] | None = None,
+    *,
+    reg_orth_coef: float = 0.0,
+    triplets: bool = False,
+    **settings: Any,
+) -> Method:
+    """LoRA (arXiv 2106.09685), on request with a penalty on directions that are not orthogonal.
+
+    Args:
+        model: the model to adapt; or one that is adapted already, or its `Factors`, where `modules` is None.
+        modules: which layers to adapt, see `adapt.match_modules`.
+        reg_orth_coef: weight of the penalty: on cosines between directions (ledger L6), or with `triplets` on
+            A A^T - I and B^T B - I (ledger L5).
+        triplets: use AdaLoRA's layer, and keep all its singular values.
+        settings: arguments of the layer: r, lora_alpha, lora_dropout, init_std.
+
+    Raises:
+        InputError: see `adapt` and `adapt.factors`; no method takes an adapted model and settings of layers.
+    """
+    of = _factors(model, SVDLinear if triplets else LoRALinear, modules, settings)
+    return Method(
+        "svd-lora" if triplets else "lora",
+        model if isinstance(model, nn.Module) else None,
+        of,
+        penalty=lambda: (svd_penalty if triplets else frd_penalty)(of.A, of.B),
+        penalty_coef=reg_orth_coef,
+        penalty_name="orth_regu_loss",
+    )
+
+
+def adalora(
+    model: nn.Module | Factors,
+    modules: Sequence[str] | None = None,
+    *,
+    target_rank: int | None = None,
+    target_total_rank: int | None = None,
+    init_warmup: int = 0,
+    final_warmup: int = 0,
+    mask_interval: int = 10,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    reg_orth_coef: float = 0.0,
+    log_every: int | None = None,
+    **settings: Any,
+) -> Method:
+    """AdaLoRA (arXiv 2303.10512): singular values within a budget that falls while training.
+
+    Args:
+        model, modules, settings: as `lora`. The layers are `SVDLinear`; factors need E (r, 1) between them.
+        target_rank, target_total_rank, init_warmup, final_warmup, mask_interval, beta1, beta2: see `RankAllocator`.
+        reg_orth_coef: weight of the penalty on A A^T - I and B^T B - I (ledger L5).
+        log_every: steps between two logs of budget and ranks; None: whenever the loss is logged.
+
+    Raises:
+        InputError: as `lora`; a budget or a schedule that cannot be (ledger A6).
+    """
+    of = _factors(model, SVDLinear, modules, settings)
+    allocator = RankAllocator(
+        of,
+        target_rank=target_rank,
+        target_total_rank=target_total_rank,
+        init_warmup=init_warmup,
+        final_warmup=final_warmup,
+        mask_interval=mask_interval,
+        beta1=beta1,
+        beta2=beta2,
+    )
+
+    def scalars() -> dict[str, float]:
+        values: dict[str, float] = {"Budget/total_rank": allocator.budget}
+        values["Budget/sum_param"] = allocator.remaining_parameters()
+        if allocator.threshold is not None:
+            values["Budget/mask_threshold"] = allocator.threshold.item()
+        return values | {f"Ranknum/{name}": rank for name, rank in of.ranks().items()}
+
+    def complaint() -> str | None:
+        if allocator.threshold is None or any(of.ranks().values()):
+            return None
+        return (
+            "the rank of every matrix is 0, so the adapter adds nothing: all triplets score the same; look at the "
+            "learning rate and the gradients"
+        )
+
+    def facts() -> dict[str, Any]:
+        ranks = of.ranks()
+        return {"ranks": ranks, "total_rank": sum(ranks.values()), "target_total_rank": allocator.target_total}
+
+    return Method(
+        "adalora",
+        model if isinstance(model, nn.Module) else None,
+        of,
+        penalty=lambda: svd_penalty(of.A, of.B),
+        penalty_coef=reg_orth_coef,
+        penalty_name="orth_regu_loss",
+        begin=allocator.begin,
+        after_step=allocator.step,
+        state={"allocator": allocator},
+        scalars=scalars,
+        log_every=log_every,
+        complaint=complaint,
+        facts=facts,
+        plan=lambda total: (
+            f"budget: {allocator.total_rank} singular values until step {allocator.init_warmup}, then falling to "
+            f"{allocator.target_total} at step {total - allocator.final_warmup} of {total}"
+        ),
+    )
+
+
+def sora(
+    model: nn.Module | Factors,
+    modules: Sequence[str] | None = None,
+    *,
+    threshold: float,
+    sparse_lambda: float = 0.0,
+    sparse_lr: float | None = None,
+    as_released: bool = False,
+    **settings: Any,
+) -> Method:
+    """SoRA (arXiv 2311.11696): gates between the factors, of which the optimizer makes many 0.
+
+    Args:
+        model, modules, settings: as `lora`. The layers are `GatedLinear`; factors need gates between them.
+        threshold: what the proximal step after each optimizer step shrinks the gates by (flag `sparse_lambda_2`; eta
+            lambda of eq. 7).
+        sparse_lambda: weight of the gates' L1 norm in the loss (lambda of eq. 5; ledger S2).
+        sparse_lr: learning rate of the gates; None: that of the other parameters (ledger S3).
+        as_released: shrink as the released code does (ledger S1).
+
+    Raises:
+        InputError: as `lora`; there are no gates.
+    """
+    of = _factors(model, GatedLinear, modules, settings)
+    if not of.between or any(gate.shape[0] != 1 for gate in of.between):
+        raise InputError("SoRA needs gates between the factors (layers GatedLinear, with gates of shape (1, r)).")
+    gates = {"params": of.between, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
+    if sparse_lr is not None:
+        gates["lr"] = sparse_lr
+    sizes = [a.shape[1] + b.shape[0] for a, b in zip(of.A, of.B, strict=True)]
+
+    def remaining() -> int:
+        """Elements of A and B that belong to a gate other than 0."""
+        return sum(rank * size for rank, size in zip(of.ranks().values(), sizes, strict=True))
+
+    def scalars() -> dict[str, float]:
+        share = sum(of.ranks().values()) / sum(gate.numel() for gate in of.between)
+        return {"Gates/nonzero_share": share, "Gates/remaining_parameters": remaining()}
+
+    def complaint() -> str | None:
+        if any(of.ranks().values()):
+            return None
+        return f"every gate is 0, so the adapter adds nothing: lower sparse_lambda_2 (here {threshold:g})"
+
+    return Method(
+        "sora",
+        model if isinstance(model, nn.Module) else None,
+        of,
+        penalty=lambda: gate_l1(of.between),
+        penalty_coef=sparse_lambda,
+        penalty_name="gate_l1",
+        optimizer_class=SparseAdamW,
+        own_groups=[gates | {"threshold": threshold, "as_released": as_released}],
+        scalars=scalars,
+        complaint=complaint,
+        facts=lambda: {"lambda": threshold, "gates": of.ranks(), "remaining": remaining()},
+        plan=lambda total: f"gates: threshold {threshold:.4g} after each step, L1 weight {sparse_lambda}",
+    )
+
+
+def rm_lora(
+    model: nn.Module | Factors,
+    modules: Sequence[str] | None = None,
+    *,
+    random_rank: int,
+    version: str = "v1",
+    reg_orth_coef: float = 0.0,
+    mask_resample: str = "step",
+    seed: int = 0,
+    as_released: bool = False,
+    **settings: Any,
+) -> Method:
+    """RM-LoRA (arXiv 2407.12074): in each step some directions, drawn at random, receive a gradient.
+
+    Args:
+        model, modules, settings: as `lora`.
+        random_rank: number of directions of each matrix that receive a gradient, 1 to r.
+        version: "v1" has one draw for the rows of A and the columns of B, "v2" a draw for each (ledger R4).
+        reg_orth_coef: weight of the penalty on A A^T - I and B^T B - I (ledger R7).
+        mask_resample: "step" draws anew at each optimizer step, "epoch" at each epoch (ledger R3).
+        seed: seed of the draws (ledger R5).
+        as_released: leave the first step unmasked, and from the second on also zero the gradient of everything else
+            in the model that trains, such as the head (ledger R1, R2).
+
+    Raises:
+        InputError: as `lora`; a value lies outside its range.
+    """
+    of = _factors(model, LoRALinear, modules, settings)
+    mask = RandomMask(of, random_rank, version, seed)
+    if mask_resample not in ("step", "epoch"):
+        raise InputError(f"mask_resample is {mask_resample!r}, it must be step or epoch.")
+    named = model.named_parameters() if isinstance(model, nn.Module) else ()
+    others = [p for n, p in named if p.requires_grad and not is_lora(n)]
+    norms: dict[str, Tensor] = {}  # on the device until they are logged
+
+    def before_step(step: int, epoch: int = 0, measure: bool = False) -> None:
+        if as_released and step == 0:
+            return
+        if measure:
+            norms["train/grad_norm_before_mask"] = mask.gradient_norm()
+        mask.apply(step if mask_resample == "step" else epoch)
+        if as_released:
+            gradients: list[Any] = [p.grad for p in others]
+            torch._foreach_zero_(gradients)
+        if measure:
+            norms["train/grad_norm_after_mask"] = mask.gradient_norm()
+
+    def scalars() -> dict[str, float]:
+        values = {name: norm.item() for name, norm in norms.items()}
+        norms.clear()
+        return values
+
+    sides = len(of.names) * (1 if version == "v1" else 2)
+    return Method(
+        f"rm-lora-{version}",
+        model if isinstance(model, nn.Module) else None,
+        of,
+        penalty=lambda: svd_penalty(of.A, of.B),
+        penalty_coef=reg_orth_coef,
+        penalty_name="orth_regu_loss",
+        before_step=before_step,
+        scalars=scalars,
+        facts=lambda: {"random_rank": random_rank, "directions_per_step": random_rank * sides},
+        plan=lambda total: f"mask: {random_rank} of {mask.r} directions a matrix, drawn anew at each {mask_resample}",
+    )
+
+
+def _factors(
+    model: nn.Module | Factors, layer: type[LoRALinear], modules: Sequence[str] | None, settings: Mapping[str, Any]
+) -> Factors:
+    """Adapt a model where that is asked for, and find its factors."""
+    if modules is not None:
+        if isinstance(model, Factors):
+            raise InputError("factors are adapted already: leave out the modules to adapt.")
+        adapt(model, layer, modules, **settings)
+    elif settings:
+        raise InputError(f"{', '.join(settings)} are settings of new layers: name the modules to adapt, too.")
+    return factors(model)
