@@ -59,19 +59,23 @@ def make(case: dict[str, Any], folder: Path, processes: int, **changes: Any) -> 
 
 
 class Record(TrainerCallback):
-    """What must be the same on every rank after each step: zero patterns and masks."""
+    """What must be the same on every rank in each step: which singular values, gates and masked gradients are 0."""
 
     def __init__(self, run: Any) -> None:
         self.run = run
         self.steps: list[str] = []
+        self.directions = ""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last callback: it sees the gradients as the optimizer will."""
+        named = self.run.model.named_parameters()
+        kept = [p.grad.ne(0).any(1 if n.endswith("A") else 0) for n, p in named if n.endswith(("lora_A", "lora_B"))]
+        self.directions = "".join(str(int(x)) for k in kept for x in k)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         small = [p for n, p in self.run.model.named_parameters() if n.endswith(("lora_E", "lora_gate"))]
         found = "".join(str(int(x)) for p in small for x in p.detach().view(-1).ne(0))
-        for callback in self.run.callback_handler.callbacks:
-            if (mask := getattr(callback, "mask", None)) is not None:
-                found += "".join(str(int(x)) for x in mask.drawn[1].reshape(-1))
-        self.steps.append(found)
+        self.steps.append(found + self.directions)
 
 
 def conclude(run: Any) -> dict[str, Any]:
