@@ -1,15 +1,17 @@
 """The official metrics against their definitions in plain arithmetic; the files for people and for GLUE's server."""
 
+import csv
 import math
 import warnings
 import zipfile
 
 import numpy as np
+import pandas
 import pytest
 from transformers import EvalPrediction
 
 from loralib.errors import InputError
-from loralib.glue.metrics import compute_metrics, to_labels
+from loralib.glue.metrics import compute_metrics, to_labels, to_scores
 from loralib.glue.predictions import check_submission, write_predictions, write_submission
 from loralib.glue.tasks import GLUE, Task
 
@@ -123,8 +125,36 @@ def test_predictions_have_label_names_and_numbers(tmp_path):
     assert path.name == "predict_results_mnli-mm.txt"
     assert read(path) == [["index", "prediction"], ["0", "contradiction"], ["1", "entailment"], ["2", "neutral"]]
     path = write_predictions(tmp_path, "stsb", np.array([5.25, 1.0]), GLUE["stsb"])
-    assert read(path)[1:] == [["0", "5.250"], ["1", "1.000"]]
+    assert read(path)[1:] == [["0", "5.25"], ["1", "1.0"]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "predict_results_stsb.txt"]  # no temporary file stays
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1.0, 1e6, 1e30])
+def test_numbers_of_any_scale_can_be_told_apart(tmp_path, scale):
+    outputs = (np.random.default_rng(0).normal(size=(50, 1)) * scale).astype(np.float32)
+    path = write_predictions(tmp_path, "x", to_labels(outputs, FLOATS), FLOATS, to_scores(outputs, FLOATS))
+    header, *rows = read(path)
+    assert header == ["index", "prediction", "score"]
+    for column in (1, 2):
+        assert [np.float32(row[column]) for row in rows] == outputs[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "names", [("a", "b", "c"), ("a\tb", 'say "so"', "x\ny"), ("a\rb", "", " c "), ("\t", "\n", "\r")]
+)
+def test_any_label_word_comes_back_with_its_probability(tmp_path, names):
+    task = Task("classification", ("text",), names, ("accuracy",))
+    logits = np.array([[9.0, 0, -700], [0, 0, 0], [-1e4, 1e4, 0], [-2.5, 0.25, 3.5]], dtype=np.float32)
+    path = write_predictions(tmp_path, "x", to_labels(logits, task), task, to_scores(logits, task))
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file, dialect="excel-tab")
+    assert header == ["index", "prediction", *(f"probability_{name}" for name in names)]
+    assert [row[1] for row in rows] == [names[0], names[0], names[1], names[2]]
+    for row, outputs in zip(rows, logits.astype(float), strict=True):
+        shifted = [math.exp(x - max(outputs)) for x in outputs]
+        assert [float(x) for x in row[2:]] == pytest.approx([x / sum(shifted) for x in shifted], rel=1e-6)
+    table = pandas.read_csv(path, sep="\t", keep_default_na=False)
+    assert table["prediction"].tolist() == [row[1] for row in rows]
 
 
 # File, rows and words of GLUE's sample submission.

@@ -72,6 +72,9 @@ class DataArguments:
     heldout_split: int | None = flag(
         None, "Seed: split the validation rows in halves, one to choose by (eval_*) and one to report (heldout_*)."
     )
+    predict_scores: bool = flag(
+        False, "Add to each prediction the probability of every class, or the output of a regression."
+    )
     glue_submission: str | None = flag(None, "Folder for files as the GLUE server wants them (with --do_predict).")
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 from scipy import stats
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
 from transformers import EvalPrediction
 
@@ -87,13 +88,24 @@ def to_labels(predictions: Any, task: Task) -> np.ndarray:
 
     Raises InputError for NaN: its argmax would look like a prediction.
     """
+    logits = _outputs(predictions)
+    return logits.reshape(len(logits)) if task.label_names is None else logits.argmax(axis=-1)
+
+
+def to_scores(predictions: Any, task: Task) -> np.ndarray:
+    """Model outputs, as for `to_labels`, to (rows, classes) probabilities in float64, or (rows, 1) raw outputs."""
+    logits = _outputs(predictions).reshape(-1, task.num_labels)
+    return logits if task.label_names is None else softmax(logits.astype(np.float64), axis=-1)
+
+
+def _outputs(predictions: Any) -> np.ndarray:
     logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
     if np.isnan(logits).any():
         raise InputError(
             f"The model's outputs are NaN in {int(np.isnan(logits).reshape(len(logits), -1).any(1).sum())} of "
             f"{len(logits)} rows where finite numbers are needed: the training diverged, lower learning_rate."
         )
-    return logits.reshape(len(logits)) if task.label_names is None else logits.argmax(axis=-1)
+    return logits
 
 
 def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:

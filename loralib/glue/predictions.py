@@ -1,11 +1,14 @@
 """Predictions on disk: a readable file for each split, and the files that GLUE's server takes."""
 
+import csv
+import io
 import logging
 import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 
 from loralib.errors import InputError
 from loralib.glue.tasks import GLUE, Task
@@ -13,16 +16,45 @@ from loralib.glue.tasks import GLUE, Task
 logger = logging.getLogger(__name__)
 
 
-def write_predictions(output_dir: str | os.PathLike[str], split_name: str, labels: np.ndarray, task: Task) -> Path:
-    """Write predict_results_<split_name>.txt: a row's position and its label's name, or its number with 3 decimals.
+def write_predictions(
+    output_dir: str | os.PathLike[str],
+    split_name: str,
+    labels: np.ndarray,
+    task: Task,
+    scores: np.ndarray | None = None,
+) -> Path:
+    """Write predict_results_<split_name>.txt: a row's position and its label's name or number, and its scores if given.
 
-    split_name is a key of `GlueData.tests`; labels: (rows,) ids or floats, as `metrics.to_labels` gives them.
+    The columns are separated by tabs and quoted as the csv module does by default: a cell with a tab, a line end or a
+    quote mark stands in quotes, and quote marks in it are doubled. A number has the fewest digits that give the
+    float32 back.
+
+    Args:
+        split_name: a key of `GlueData.tests`.
+        labels: (rows,) ids or floats, as `metrics.to_labels` gives them.
+        scores: (rows, columns), as `metrics.to_scores` gives them: the probability of each class, or the one output of
+            a regression.
     """
-    if task.label_names is None:
-        words = [f"{label:.3f}" for label in labels]
-    else:
-        words = [task.label_names[label] for label in labels]
-    return _write(Path(output_dir) / f"predict_results_{split_name}.txt", words)
+    words = [_number(x) for x in labels] if task.label_names is None else [task.label_names[i] for i in labels]
+    header, table = ["index", "prediction"], [[str(index), word] for index, word in enumerate(words)]
+    if scores is not None:
+        header += ["score"] if task.label_names is None else [f"probability_{name}" for name in task.label_names]
+        table = [[*cells, *map(_number, row)] for cells, row in zip(table, scores, strict=True)]
+    text = io.StringIO()
+    # Python 3.11 and 3.12 write a lone carriage return without quotes, and every reader would end the row there
+    returns = any("\r" in cell for row in (header, *table) for cell in row)
+    writer = csv.writer(text, "excel-tab", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL, lineterminator="\n")
+    writer.writerows([header, *table])
+    return _write(Path(output_dir) / f"predict_results_{split_name}.txt", text.getvalue())
+
+
+def _number(value: float) -> str:
+    return str(np.float32(value))
+
+
+def has_labels(split: Dataset) -> bool:
+    """Whether the labels of a test split can be used: the loader writes -1 into all rows where they cannot."""
+    return any(label != -1 for label in split["label"])
 
 
 def check_submission(folder: str | os.PathLike[str], task: Task, predicts: bool) -> None:
@@ -57,7 +89,8 @@ def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np
         words = [f"{label:.3f}" for label in np.clip(labels, *task.label_range)]
     else:
         words = [task.label_names[label] if task.label_names and task.submits_names else str(label) for label in labels]
-    path = _write(Path(folder) / name, words)
+    lines = ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]
+    path = _write(Path(folder) / name, "\n".join(lines) + "\n")
 
     parts = [Path(folder) / name for other in GLUE.values() for name, _ in other.submission.values()]
     if all(part.is_file() for part in parts):
@@ -70,11 +103,10 @@ def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np
     return path
 
 
-def _write(path: Path, words: list[str]) -> Path:
+def _write(path: Path, text: str) -> Path:
     """A file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    lines = ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
     temporary.replace(path)
     return path

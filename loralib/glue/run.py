@@ -27,9 +27,9 @@ from loralib.glue import card
 from loralib.glue.data import GlueData, load
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
 from loralib.glue.folder import clear_output_dir, prepare_output_dir
-from loralib.glue.metrics import compute_metrics, metric_names, to_labels
+from loralib.glue.metrics import compute_metrics, metric_names, to_labels, to_scores
 from loralib.glue.model import adapter_config, load_lora_path
-from loralib.glue.predictions import check_submission, write_predictions, write_submission
+from loralib.glue.predictions import check_submission, has_labels, write_predictions, write_submission
 from loralib.glue.record import write_run
 from loralib.glue.tasks import Task
 from loralib.glue.tokens import check_vocabulary, collator, pad_on_the_right, row_length, tokenize
@@ -127,6 +127,8 @@ def load_data(training: GlueTrainingArguments, model: ModelArguments, args: Data
             cache_dir=model.cache_dir,
             token=model.token,
         )
+    if args.predict_scores and not training.do_predict:
+        raise InputError("--predict_scores needs --do_predict: it adds columns to the file of predictions.")
     if args.glue_submission:
         check_submission(args.glue_submission, data.task, training.do_predict)
     if args.heldout_split is not None and training.do_eval:
@@ -336,10 +338,27 @@ def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics:
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     if args.do_predict:
-        for name, split in data.tests.items():
-            unlabelled = split.remove_columns("label") if "label" in split.column_names else split
-            labels = to_labels(trainer.predict(unlabelled, metric_key_prefix="predict").predictions, data.task)
-            if args.should_save:
-                write_predictions(args.output_dir, name, labels, data.task)
-                if run.submission is not None:
-                    write_submission(run.submission, name, labels, data.task)
+        metrics |= _predict(run, trainer, data)
+
+
+def _predict(run: Run, trainer: LoRATrainer, data: GlueData) -> dict[str, float]:
+    """Predictions of each test split on disk; its metrics too, where it has labels that can be used."""
+    found: dict[str, float] = {}
+    for name, split in data.tests.items():
+        labelled = has_labels(split)
+        if labelled:
+            logger.info("%s, test: all %d rows have a label, so predict_* metrics are computed", name, len(split))
+        else:
+            logger.info("%s, test: without labels that can be used, %d rows are predicted alone", name, len(split))
+        output = trainer.predict(split if labelled else split.remove_columns("label"), metric_key_prefix="predict")
+        values = {**(output.metrics or {}), "predict_samples": len(split)}
+        trainer.log_metrics("predict", values)
+        found |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values
+        labels = to_labels(output.predictions, data.task)
+        if run.training.should_save:
+            scores = to_scores(output.predictions, data.task) if run.arguments[1].predict_scores else None
+            write_predictions(run.training.output_dir, name, labels, data.task, scores)
+            if run.submission is not None:
+                write_submission(run.submission, name, labels, data.task)
+    trainer.save_metrics("predict", found)
+    return found
