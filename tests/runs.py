@@ -122,6 +122,7 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     resample: str = "step",
     modules: list[str] | None = None,
+    class_weights: list[float] | None = None,
     compute_metrics: Callable[..., dict[str, float]] | None = None,
 ) -> LoRATrainer:
     """A fresh trainer of a fresh model; the same arguments give the same one."""
@@ -159,6 +160,7 @@ def trainer(
         eval_dataset=evaluation,
         data_collator=Padder(),
         compute_metrics=compute_metrics,
+        class_weights=class_weights,
         **parts,
     )
     if method == "adalora":  # the warm-ups follow from the length of the run

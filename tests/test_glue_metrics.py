@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import warnings
 import zipfile
 
@@ -11,7 +12,7 @@ import pytest
 from transformers import EvalPrediction
 
 from loralib.errors import InputError
-from loralib.glue.metrics import compute_metrics, to_labels, to_scores
+from loralib.glue.metrics import class_words, compute_metrics, metric_names, to_labels, to_scores
 from loralib.glue.predictions import check_submission, write_predictions, write_submission
 from loralib.glue.tasks import GLUE, Task
 
@@ -56,6 +57,13 @@ def expected(task, predicted, true):
             result[name] = pearson(predicted, true)
         else:
             result[name] = pearson(ranks(predicted), ranks(true))
+    if task is CLASSES:
+        hits = {c: sum(p == t == c for p, t in zip(predicted, true, strict=True)) for c in range(3)}
+        for c, name in enumerate("abc"):
+            result[f"precision_{name}"] = hits[c] / predicted.count(c)
+            result[f"recall_{name}"] = hits[c] / true.count(c)
+            result[f"f1_{name}"] = 2 * hits[c] / (predicted.count(c) + true.count(c))
+        result["f1_macro"] = sum(result[f"f1_{name}"] for name in "abc") / 3
     if task.name in ("mrpc", "qqp", "stsb"):
         result["combined_score"] = sum(result.values()) / 2
     return result
@@ -96,6 +104,9 @@ def test_constant_predictions_and_one_class_are_numbers_and_no_warnings(task, ro
     right = float(label == 0)
     assert got.pop("accuracy", right) == right
     assert got.pop("mse", float(label)) == float(label)
+    if task is CLASSES:
+        assert all(got.pop(f"{score}_a") == right for score in ("precision", "recall", "f1"))
+        assert got.pop("f1_macro") == right
     if task.metrics == ("accuracy", "f1"):
         assert got.pop("combined_score") == right / 2
     assert all(value == 0.0 for value in got.values())  # correlations, and f1 without a hit
@@ -105,6 +116,37 @@ def test_undefined_scores_are_said(caplog):
     compute_metrics(GLUE["stsb"])(EvalPrediction(np.zeros((3, 1)), np.arange(3.0)))
     compute_metrics(GLUE["mrpc"])(EvalPrediction(one_hot([0, 0], 2), np.zeros(2, int)))
     assert "pearson is undefined" in caplog.text and "f1 is undefined" in caplog.text
+
+
+def test_a_class_without_rows_and_predictions_is_left_out_of_the_average_and_named(caplog):
+    got = compute_metrics(CLASSES)(EvalPrediction(one_hot([0, 2, 2, 0], 3), np.array([0, 2, 0, 0])))
+    f1 = {"a": 2 * 2 / (2 + 3), "b": 0.0, "c": 2 * 1 / (2 + 1)}
+    assert {k: got[f"f1_{k}"] for k in "abc"} == pytest.approx(f1)
+    assert got["f1_macro"] == pytest.approx((f1["a"] + f1["c"]) / 2)
+    assert "no row and no prediction is of the class 'b'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("good", "bad"), ["good", "bad"]),
+        (("0", "1", "-1"), ["0", "1", "1_2"]),
+        (("+", "-", "?!"), ["class_0", "class_1", "class_2"]),
+        (("a b", "a_b", "a\tb\n"), ["a_b", "a_b_1", "a_b_2"]),
+        (("a b", "a_b_1", "a_b"), ["a_b", "a_b_1", "a_b_2"]),
+        (("a_1", "a", "a!"), ["a_1", "a", "a_2"]),
+        (("b_1", "b!", "b"), ["b_1", "b", "b_2"]),
+        (("b_1", "b", "b_2", "b!"), ["b_1", "b", "b_2", "b_3"]),
+        (("macro", "loss", "hearing loss"), ["macro_0", "loss_1", "hearing_loss_2"]),
+        (("\u043f\u043b\u043e\u0445\u043e", "\u597d"), ["\u043f\u043b\u043e\u0445\u043e", "\u597d"]),
+    ],
+)
+def test_classes_have_different_names_that_tensorboard_takes(names, words):
+    assert class_words(names) == words and len({*words}) == len(words)
+    task = Task("classification", ("text",), names, ("accuracy",))
+    got = compute_metrics(task)(EvalPrediction(one_hot(range(len(names)), len(names)), np.arange(len(names))))
+    assert list(got) == metric_names(task) and set(got.values()) == {1.0}
+    assert not any(re.search(r"[^-/\w.]", name) or name.endswith("loss") for name in got)
 
 
 def test_nan_outputs_are_no_predictions():

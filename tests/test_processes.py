@@ -30,6 +30,7 @@ TRAIN, EVALUATION = runs.rows(43), runs.rows(9)
 STEPS = 20
 EXACT: dict[str, dict[str, Any]] = {m: {"method": m} for m in runs.METHODS} | {
     "accumulated": {"method": "svd-lora", "gradient_accumulation_steps": 2},
+    "class weights": {"method": "lora", "gradient_accumulation_steps": 2, "class_weights": [0.5, 3.0]},
     "dropping the last batch": {"method": "lora", "dataloader_drop_last": True},
 }
 
@@ -42,7 +43,7 @@ def make(case: dict[str, Any], folder: Path, processes: int, **changes: Any) -> 
         "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "eval_strategy": "epoch",
-        **{k: v for k, v in case.items() if k != "method"},
+        **{k: v for k, v in case.items() if k not in ("method", "class_weights")},
         **changes,
     }
     if processes > 1:
@@ -53,9 +54,8 @@ def make(case: dict[str, Any], folder: Path, processes: int, **changes: Any) -> 
         return {"rows": len(labels), "in_order": labels == [row["labels"] for row in EVALUATION]}
 
     args = runs.arguments(folder, **args)
-    return runs.trainer(
-        case["method"], args, TRAIN, EVALUATION, dropout=0.0, dtype=torch.float64, compute_metrics=metrics
-    )
+    exact = {"dropout": 0.0, "dtype": torch.float64, "class_weights": case.get("class_weights")}
+    return runs.trainer(case["method"], args, TRAIN, EVALUATION, compute_metrics=metrics, **exact)
 
 
 class Record(TrainerCallback):

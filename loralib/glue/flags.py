@@ -176,6 +176,12 @@ class GlueTrainingArguments(TrainingArguments):
     logging_dir: str | None = flag(None, "Folder of the TensorBoard files; default: runs/ in output_dir.")
     no_cuda: bool = flag(False, "Older name of use_cpu.")
 
+    class_weights: list[str] | None = flag(
+        None,
+        "Weight of each class in the training loss: 'balanced' (rows / (classes x rows of the class)), or one number a "
+        "class in the order of the label names; evaluation losses are not weighted.",
+    )
+
     # The stock filter hides a NaN loss and synchronises at each step; the trainer watches the loss itself.
     logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the logs (not advised).")
     # All trainable parameters take part in each step and no buffer changes.
@@ -214,6 +220,8 @@ class GlueTrainingArguments(TrainingArguments):
         if self.torch_compile_backend is not None:
             backends = [backend.value.lower() for backend in DynamoBackend if backend != DynamoBackend.NO]
             _refuse_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
+        if self.greater_is_better is None and self.metric_for_best_model in ("mse", "eval_mse"):
+            self.greater_is_better = False  # the stock rule knows that of losses alone
         super().__post_init__()
         if self.device.type == "cpu":  # nothing to pin for; the loader would warn
             self.dataloader_pin_memory = False

@@ -1,7 +1,8 @@
 """The official GLUE metrics, offline: an `evaluate` metric over scikit-learn and scipy, with the keys of GLUE's own."""
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -9,7 +10,13 @@ import evaluate
 import numpy as np
 from scipy import stats
 from scipy.special import softmax
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
+from sklearn.metrics import (
+    accuracy_score,
+    f1_score,
+    matthews_corrcoef,
+    mean_squared_error,
+    precision_recall_fscore_support,
+)
 from transformers import EvalPrediction
 
 from loralib.errors import InputError
@@ -47,12 +54,54 @@ _SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 COMBINED = "combined_score"
+MACRO = "f1_macro"
 
 
 def metric_names(task: Task) -> list[str]:
-    """Names of the task's scores."""
-    # GLUE's number for a task of two scores; a mean that holds a squared error would say nothing
-    return [*task.metrics, COMBINED] if task.name in GLUE and len(task.metrics) > 1 else list(task.metrics)
+    """Names of the task's scores.
+
+    GLUE's tasks have their official ones. A user's own classes have the macro-averaged F1 too, and precision, recall
+    and F1 of each class.
+    """
+    if task.name in GLUE:
+        # GLUE's number for a task of two scores; a mean that holds a squared error would say nothing
+        return [*task.metrics, COMBINED] if len(task.metrics) > 1 else list(task.metrics)
+    if task.label_names is None:
+        return list(task.metrics)
+    each = [f"{score}_{name}" for name in class_words(task.label_names) for score in ("precision", "recall", "f1")]
+    return [*task.metrics, MACRO, *each]
+
+
+def class_words(label_names: Sequence[str]) -> list[str]:
+    """Names of classes as parts of a metric's name: letters, digits and _, every one different.
+
+    A name that would be nothing, another's, or that would make the metric look like a loss or like the macro average,
+    gets the number of its class behind it.
+    """
+    words: list[str] = []
+    for number, name in enumerate(label_names):
+        word = re.sub(r"\W+", "_", name).strip("_")
+        if not word or word in [*words, "macro"] or word.endswith("loss"):
+            word = f"{word or 'class'}_{number}"
+        while word in words:
+            word += "_"
+        words.append(word)
+    return words
+
+
+def _scores_of_classes(predictions: np.ndarray, references: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Scikit-learn's f1_macro (over the classes that occur), and each class's scores, 0 where they are undefined."""
+    absent = [name for i, name in enumerate(names) if not np.any(predictions == i) and not np.any(references == i)]
+    if absent:
+        logger.warning(
+            "no row and no prediction is of the class %s: its scores are reported as 0, and f1_macro leaves it out.",
+            ", ".join(map(repr, absent)),
+        )
+    result = {MACRO: float(f1_score(references, predictions, average="macro", zero_division=0.0))}
+    each = precision_recall_fscore_support(references, predictions, labels=range(len(names)), zero_division=0.0)
+    for word, *values in zip(class_words(names), *each[:3], strict=True):
+        result |= {f"{score}_{word}": float(v) for score, v in zip(("precision", "recall", "f1"), values, strict=True)}
+    return result
 
 
 class GlueMetric(evaluate.Metric):
@@ -80,6 +129,8 @@ class GlueMetric(evaluate.Metric):
         result = {name: _SCORES[name](predictions, references) for name in self.task.metrics}
         if COMBINED in metric_names(self.task):
             result[COMBINED] = float(np.mean(list(result.values())))
+        if MACRO in metric_names(self.task):
+            result |= _scores_of_classes(predictions, references, self.task.label_names or ())
         return result
 
 

@@ -53,6 +53,7 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         "metrics": metrics,
         "history": trainer.state.log_history,
         "wall_seconds": round(time.time() - run.started, 3),
+        **run.facts,
         **summary,
     }
     write_json(Path(args.output_dir) / RUN_FILE, hide(run.complete(record)))

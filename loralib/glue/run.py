@@ -24,6 +24,7 @@ from loralib.adapt import parameters
 from loralib.deberta import unpad
 from loralib.errors import InputError, RunError
 from loralib.glue import card
+from loralib.glue.class_weights import class_weights
 from loralib.glue.data import GlueData, load
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
 from loralib.glue.folder import clear_output_dir, prepare_output_dir
@@ -54,6 +55,7 @@ class Run:
     clear: bool = False
     started: float = field(default_factory=time.time)
     complete: Callable[[dict[str, Any]], dict[str, Any]] = dict  # adds to the record before it is written
+    facts: dict[str, Any] = field(default_factory=dict)  # of the run itself, for its record
 
 
 def start(
@@ -165,6 +167,12 @@ def trainer_parts(
     check_vocabulary(
         tokenizer, model, [s for s in (train, *data.evals.values(), *data.tests.values()) if s is not None]
     )
+    run.facts["sequence_length"] = length
+    weights = class_weights(run.training.class_weights, data)
+    weighted: dict[str, Any] = {}
+    if weights is not None:
+        run.facts["class_weights"] = dict(zip(data.task.label_names or (), weights, strict=True))
+        weighted = {"class_weights": weights}
     return {
         "model": model,
         "args": run.training,
@@ -173,7 +181,8 @@ def trainer_parts(
         "processing_class": tokenizer,
         "data_collator": collator(tokenizer, length, fixed, model),
         "compute_metrics": compute_metrics(data.task),
-        "settings": _settings(run, data.task),
+        "settings": _settings(run, data.task) | weighted,
+        **weighted,
     }
 
 

@@ -3,7 +3,7 @@
 No loop is copied: everything here is an override of the stock Trainer's, and no method is named.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from loralib.training.resume import ExactResume
 from loralib.training.sampling import OWN_ROWS
 
 
-def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def task_loss(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over classes, or mean squared error for one output; in float32.
 
     The stock DeBERTa model computes the same inside its forward, where picking the labelled rows costs a graph break
@@ -32,10 +34,16 @@ def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> T
     Args:
         logits: (batch, classes), or (batch, 1) for regression.
         labels: (batch,).
+        class_weights: (classes,) weight of a row by its class. The sum is divided by the number of rows, where torch
+            divides by the sum of their weights: so parts of a batch add up to the whole batch.
     """
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.view(-1).float(), labels.view(-1).float())
-    return F.cross_entropy(logits.float(), labels.view(-1), label_smoothing=label_smoothing)
+    logits, labels = logits.float(), labels.view(-1)
+    if class_weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    rows = F.cross_entropy(logits, labels, class_weights, reduction="none", label_smoothing=label_smoothing)
+    return rows.mean()
 
 
 class PenaltyState:
@@ -92,6 +100,7 @@ class LoRATrainer(ExactResume):
         penalty_name: name under which the unweighted penalty is logged.
         make_optimizer: builds the run's one optimizer from the trainer, instead of the stock choice by flags.
         adapter: facts for the adapter's config file (method, r, alpha, ...); None for full fine-tuning.
+        class_weights: weight of each class in the training loss; evaluation losses are not weighted.
         kwargs: as `ExactResume` and the stock Trainer.
     """
 
@@ -104,6 +113,7 @@ class LoRATrainer(ExactResume):
         penalty_name: str = "penalty",
         make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
         adapter: dict[str, Any] | None = None,
+        class_weights: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         if method is not None:
@@ -121,6 +131,7 @@ class LoRATrainer(ExactResume):
         self.penalty_coef, self.penalty_name = penalty_coef, penalty_name
         self.make_optimizer = make_optimizer
         self.adapter = adapter
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
         self._penalties = PenaltyState(self.args.device)
         self.running_sums.append(self._penalties)
         name = "full" if adapter is None else adapter.get("method", "full")
@@ -145,12 +156,13 @@ class LoRATrainer(ExactResume):
     ) -> Any:
         outputs = model(**{k: v for k, v in inputs.items() if k not in ("labels", OWN_ROWS)})
         logits, labels = outputs["logits"], inputs["labels"]
+        smoothing, weights = self.args.label_smoothing_factor, self.class_weights if model.training else None
         if OWN_ROWS in inputs:
             own, share = inputs[OWN_ROWS]
             logits, labels = logits[: max(own, 1)], labels[: max(own, 1)]  # of none, one row with the share 0
-            loss = task_loss(logits, labels, self.args.label_smoothing_factor) * share
+            loss = task_loss(logits, labels, smoothing, weights) * share
         else:
-            loss = task_loss(logits, labels, self.args.label_smoothing_factor)
+            loss = task_loss(logits, labels, smoothing, weights)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
