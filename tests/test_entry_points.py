@@ -214,7 +214,7 @@ def test_train_sparse_off_is_plain_lora(usual, entry_point, tmp_path, caplog) ->
 
 
 def test_what_is_refused_removes_no_earlier_run(usual, entry_point, tmp_path) -> None:
-    """--overwrite_output_dir with a mistake beside it; and an adapter that is in the very folder."""
+    """--overwrite_output_dir with a mistake beside it."""
     main, out = entry_point("AdaLoRA").main, tmp_path / "out"
     main([*usual, "--save_strategy", "steps"])
     before = sorted(p.name for p in out.iterdir())
@@ -223,7 +223,7 @@ def test_what_is_refused_removes_no_earlier_run(usual, entry_point, tmp_path) ->
         with pytest.raises(InputError):
             main([*usual, *wrong, "--overwrite_output_dir"])
         assert sorted(p.name for p in out.iterdir()) == before
-    main([*usual, "--lora_path", str(out), "--overwrite_output_dir"])
+    main([*usual, "--overwrite_output_dir"])
     assert not list(out.glob("checkpoint-*")) and (out / "adapter.safetensors").is_file()
 
 

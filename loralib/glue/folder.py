@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loralib.errors import InputError
 from loralib.glue import card
@@ -63,6 +65,50 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
     return _last_checkpoint(folder)
 
 
+# Flags that name what a run reads.
+INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "lora_path", "dataset_name", "train_file",
+          "validation_file", "test_file")  # fmt: skip
+
+
+def check_inputs_stay(output_dir: str, arguments: Sequence[Any], files: Sequence[str] = ()) -> None:
+    """Refuse to clear an output folder that holds an input of the run, or lies in the folder of one.
+
+    Args:
+        arguments: the run's dataclasses of flags.
+        files: files of flags.
+
+    Raises:
+        InputError: names the input and how the two lie.
+    """
+    if not os.path.isdir(output_dir):
+        return
+    given = [(f"--{name}", getattr(part, name, None)) for part in arguments for name in INPUTS]
+    for name, value in [*given, *(("the file of flags", file) for file in files)]:
+        path = os.path.expanduser(value or "")
+        if not os.path.exists(path):  # a name on the hub
+            continue
+        folder = os.path.isdir(path)
+        linked = [entry.path for entry in os.scandir(path) if entry.is_symlink()] if folder else []
+        if os.path.samefile(path, output_dir):
+            lies = "is"
+        elif _within(path, output_dir) or any(_within(link, output_dir) for link in linked):
+            lies = "holds"
+        elif folder and _within(output_dir, path):
+            lies = "lies in"
+        else:
+            continue
+        raise InputError(
+            f"output_dir {output_dir} would be cleared of an earlier run, and it {lies} what this run reads, {name} "
+            f"{value}: name another --output_dir."
+        )
+
+
+def _within(path: str, folder: str) -> bool:
+    """Whether `path` lies below `folder`, by its own name or by where its links lead."""
+    ways = {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
+    return any(parent.exists() and parent.samefile(folder) for way in ways for parent in (way, *way.parents))
+
+
 def clear_output_dir(run: Run) -> None:
     """With --overwrite_output_dir: remove what an earlier run left, once nothing can be refused any more."""
     if not run.clear:
@@ -72,7 +118,7 @@ def clear_output_dir(run: Run) -> None:
         if run.training.should_save:
             for item in sorted(Path(run.training.output_dir).iterdir()):
                 if RUN_NAMES.fullmatch(item.name) or card.is_card(item):
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+                    shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
                     logger.info("--overwrite_output_dir: removed %s of an earlier run", item)
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,9 +116,9 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None, descriptio
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser: Any = make_parser(*classes, description=description)
-    words: list[str] = []
-    while argv and argv[0].endswith(SUFFIXES):
-        words += _file_words(parser, classes, Path(argv.pop(0)))
+    files = flag_files(argv)
+    words = [word for file in files for word in _file_words(parser, classes, Path(file))]
+    argv = argv[len(files) :]
     _refuse_unknown(parser, [word for word in argv[:1] if not word.startswith("-")])
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -135,6 +136,11 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None, descriptio
             if isinstance(value, dict):  # what was JSON on the command line
                 check_value(name, value)
     return tuple(parsed)
+
+
+def flag_files(argv: Sequence[str]) -> list[str]:
+    """The files of flags that a command line begins with."""
+    return list(takewhile(lambda word: word.endswith(SUFFIXES) and not word.startswith("-"), argv))
 
 
 def _file_words(parser: Any, classes: Sequence[type], path: Path) -> list[str]:

@@ -27,9 +27,10 @@ from loralib.glue import card
 from loralib.glue.class_weights import class_weights
 from loralib.glue.data import GlueData, load
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
-from loralib.glue.folder import clear_output_dir, prepare_output_dir
+from loralib.glue.folder import check_inputs_stay, clear_output_dir, prepare_output_dir
 from loralib.glue.metrics import compute_metrics, metric_names, to_labels, to_scores
 from loralib.glue.model import adapter_config, load_lora_path
+from loralib.glue.parsing import flag_files
 from loralib.glue.predictions import check_submission, has_labels, write_predictions, write_submission
 from loralib.glue.record import write_run
 from loralib.glue.tasks import Task
@@ -107,6 +108,8 @@ def start(
     set_seed(training.seed)
     command = sys.argv if argv is None else [sys.argv[0], *argv]
     clear = training.do_train and training.overwrite_output_dir and checkpoint is None
+    if clear:
+        check_inputs_stay(training.output_dir, (model, data, lora), flag_files(command[1:]))
     return Run((model, data, lora, training), training, checkpoint, data.glue_submission, list(command), clear)
 
 
