@@ -11,7 +11,7 @@ from torch import nn
 
 from loralib.errors import InputError
 from loralib.glue.data import load
-from loralib.glue.files import read_file
+from loralib.glue.tables import read_file
 from loralib.glue.tasks import GLUE
 from loralib.glue.tokens import row_length, tokenize
 
@@ -125,15 +125,15 @@ def test_a_validation_label_that_training_never_saw(tmp_path):
         ("tsv", "sentence\tlabel\nfine\t0\nno label\n", ("line 3", "1 columns where 2")),
         ("tsv", "", ("first line",)),
         ("tsv", "a\ta\nx\ty\n", ("different column names",)),
-        ("tsv", b"sentence\tlabel\n\xff\xfe\t1\n", ("UnicodeDecodeError",)),
+        ("tsv", b"sentence\tlabel\n\xff\xfe\t1\n", ("line 2", "'\\xff'", "UTF-8")),
         ("csv", "sentence,label\nfine,0\nx,1,2\n", ("line 3", "3 columns where 2")),
         ("csv", 'sentence,label\n"never closed,0\nx,1\n', ("unexpected end of data",)),
         ("json", '[{"sentence": "x", "label": 1},', ("JSONDecodeError",)),
         ("json", "[" * 100_000, ("nested too deeply",)),
         ("json", "[1, 2]", ("row 0", "not an object")),
         ("jsonl", '{"sentence": "x", "label": 1}\n{"sentence": \n', ("line 2",)),
-        ("jsonl", '{"sentence": "x", "label": 1}\n{"sentence": ["y"], "label": 1}\n', ("could not be read",)),
-        ("jsonl", '{"sentence": "\\ud800", "label": 1}\n', ("could not be read",)),
+        ("jsonl", '{"sentence": "x", "label": 1}\n{"sentence": ["y"], "label": 1}\n', ("row 1", "['y']", "sentence")),
+        ("jsonl", '{"sentence": "\\ud800", "label": 1}\n', ("row 0", "sentence", "text is needed")),
         ("parquet", b"PAR1 and then nothing of use PAR1", ("could not be read as parquet",)),
         ("parquet", b"", ("could not be read as parquet",)),
     ],
@@ -195,7 +195,9 @@ def test_generic_tasks(tmp_path, suffix, rows, texts, names, labels):
 
 def test_one_class_or_none_is_no_task(tmp_path):
     refused("one label same", dataset_name=folder_of(tmp_path / "x", train=[{"text": "a", "label": "same"}]))
-    refused("hidden", dataset_name=folder_of(tmp_path / "x", train=[{"text": "a", "label": -1}]))
+    folder = folder_of(tmp_path / "x", train=[{"text": "a", "label": -1}])
+    refused("'-1'", "--unlabelled drop", "--label_type classes", dataset_name=folder)
+    refused("hidden", dataset_name=folder, unlabelled="drop")
 
 
 def test_an_unlabelled_test_file_alone_has_no_classes(tmp_path):

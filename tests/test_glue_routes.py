@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from loralib.errors import InputError
-from loralib.glue import data as glue_data
+from loralib.glue import sources
 from loralib.glue.data import GlueData, load
 from loralib.glue.tasks import GLUE, Task
 
@@ -235,7 +235,7 @@ def test_path_spellings(tmp_path, monkeypatch):
 
 def test_a_folder_is_never_sent_to_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(glue_data, "_hub_splits", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(sources, "_hub_splits", lambda *_: pytest.fail("asked the hub"))
     write_parquet(tmp_path / "nyu-mll" / "glue" / "cola", GLUE["cola"], make(GLUE["cola"]))
     assert load(dataset_name="nyu-mll/glue", task_name="cola", do_train=True).task is GLUE["cola"]
     for missing in ("/no/where", "./nowhere", "~/no-such-folder", "a/b/c"):
@@ -251,7 +251,7 @@ def test_hub_route_maps_splits_and_keeps_the_data_when_it_is_cached(monkeypatch)
         asked.append((name, config))
         return DatasetDict({split: as_dataset(task, rows) for split, rows in splits.items()})
 
-    monkeypatch.setattr(glue_data.huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
+    monkeypatch.setattr(sources.huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     check(everything(task_name="mnli"), task, splits)
     check(everything(dataset_name="someone/glue", dataset_config_name="mnli"), task, splits)
@@ -262,13 +262,13 @@ def test_unreachable_hub_is_one_sentence(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(glue_data.huggingface_hub.HfApi, "dataset_info", unreachable)
-    before = glue_data.huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(sources.huggingface_hub.HfApi, "dataset_info", unreachable)
+    before = sources.huggingface_hub.constants.HF_HUB_OFFLINE
     for arguments in ({"task_name": "mrpc"}, {"dataset_name": "someone/some-data"}):
         with pytest.raises(InputError, match="The hub was not reachable") as refusal:
             load(**arguments, do_train=True, cache_dir=str(tmp_path))
         assert "\n" not in str(refusal.value)
-    assert glue_data.huggingface_hub.constants.HF_HUB_OFFLINE == before
+    assert sources.huggingface_hub.constants.HF_HUB_OFFLINE == before
 
 
 def test_mnli_without_mismatched_says_so(tmp_path, caplog):

@@ -69,6 +69,24 @@ class DataArguments:
     train_file: str | None = flag(None, "Training rows as csv, tsv, json, jsonl or parquet.")
     validation_file: str | None = flag(None, "Validation rows, same format.")
     test_file: str | None = flag(None, "Test rows, same format.")
+    text_column: str | None = flag(None, "Column of the text; by default its name or its words tell.")
+    text_column_2: str | None = flag(None, "Column of the second text, for pairs of texts.")
+    label_column: str | None = flag(None, "Column of the labels; by default `label`.")
+    label_type: str | None = flag(
+        None,
+        "What labels are: classes or numbers of a regression. By default floats (0.0, 1.0, 2.5) are a regression, and "
+        "words and whole numbers are classes.",
+        choices=["classes", "regression"],
+    )
+    unlabelled: str = flag(
+        "refuse",
+        "What happens to training and validation rows without a label (nothing, NaN, -1): refuse the data, or drop "
+        "them.",
+        choices=["refuse", "drop"],
+    )
+    train_split: str | None = flag(None, "Name of the split to train on, in the data of --dataset_name.")
+    validation_split: str | None = flag(None, "Name of the split to evaluate on.")
+    test_split: str | None = flag(None, "Name of the split to predict.")
     heldout_split: int | None = flag(
         None, "Seed: split the validation rows in halves, one to choose by (eval_*) and one to report (heldout_*)."
     )
@@ -82,6 +100,10 @@ class DataArguments:
             raise InputError(f"max_seq_length is {self.max_seq_length}, it must lie in 1 to {LONGEST_ROW}.")
         if self.heldout_split is not None and self.heldout_split < 0:
             raise InputError(f"heldout_split is {self.heldout_split}, the seed of the split: it must be 0 or more.")
+        if self.text_column_2 is not None and self.text_column in (None, self.text_column_2):
+            raise InputError(
+                f"text_column_2 is {self.text_column_2!r} and text_column is {self.text_column!r}: name two columns."
+            )
         if self.padding is None:
             self.padding = "fixed" if self.pad_to_max_length else "longest"
 

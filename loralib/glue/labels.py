@@ -1,0 +1,283 @@
+"""What stands in a column of labels: words, numbers or nothing; and the class ids or floats that it stands for."""
+
+import logging
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset
+
+from loralib.errors import InputError
+from loralib.glue.cells import MIXED, is_number, listed, unmixed, utf8_column
+from loralib.glue.tasks import GLUE, Task
+
+logger = logging.getLogger(__name__)
+
+_WHOLE = re.compile(r"([+-]?\d{1,18})(\.0*)?", re.ASCII)
+_MISSING = ("nan", "<na>", "nat")  # what pandas makes of a missing value that is turned into text
+_INFINITE = ("inf", "+inf", "-inf", "infinity", "+infinity", "-infinity")
+_MARKS = ("-1", "-1.0", "-")  # how data of the hub, and SNLI's own files, mark a row without a label
+
+
+@dataclass(frozen=True)
+class TableFlags:
+    """What the flags say about a table, whatever its format: the columns, the kind of its labels, rows without one."""
+
+    text_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+    label_type: str | None = None  # classes or regression
+    unlabelled: str = "refuse"  # or drop
+
+
+@dataclass
+class Labels:
+    """A column of labels by its distinct values: row `i` has the label `words[of_row[i]]`.
+
+    Words have no spaces at their ends, those of a ClassLabel are its names, and a value that is missing is "".
+    """
+
+    words: list[str]
+    of_row: np.ndarray  # (rows,) places in `words`
+    names: tuple[str, ...] | None  # of a ClassLabel, in its order
+    is_float: bool  # stored as floats, unlike digits in a text
+    is_text: bool
+    spaced: list[str]  # values that had spaces at their ends
+
+    def rows(self, words: Collection[str]) -> np.ndarray:
+        """The rows that have one of the words."""
+        return np.flatnonzero(np.isin(self.of_row, [i for i, word in enumerate(self.words) if word in words]))
+
+    def told(self, words: Collection[str]) -> str:
+        """`row 3 (counted from 0) and 7 others have the label '-1'`, of the rows that have one of the words."""
+        rows = self.rows(words)
+        others = f" and {len(rows) - 1} other{'s' if len(rows) > 2 else ''} have" if len(rows) > 1 else " has"
+        word = self.words[self.of_row[rows[0]]]
+        return f"row {rows[0]} (counted from 0){others} " + (f"the label {word[:80]!r}" if word else "no label")
+
+
+def read_labels(dataset: Dataset, where: str) -> Labels:
+    """The column `label`.
+
+    Raises:
+        InputError: it holds what cannot be a label (a list, a date, ...); the sentence names the first such row.
+    """
+    feature = dataset.features["label"]
+    column = utf8_column(dataset, "label", where)
+    kind = column.type
+    if kind == MIXED:
+        values = [list(value) if isinstance(value, dict) else value for value in unmixed(column)]
+        _refuse_values(where, values, [isinstance(value, list) for value in values], "a list or an object")
+        keys = [(type(value), value) for value in values]  # 1 and True are different labels
+        place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        distinct, of_row = [value for _, value in place], np.array([place[key] for key in keys], dtype=np.int64)
+    else:
+        plain = any(test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean,
+                    pa.types.is_string, pa.types.is_large_string, pa.types.is_null))  # fmt: skip
+        if not plain:
+            _refuse_values(where, column, [value.is_valid for value in column], f"of type {kind}")
+            column = pa.chunked_array([pa.nulls(len(column))])
+        column = column.cast(pa.float32()) if kind == pa.float16() else column
+        encoded = column.combine_chunks()
+        encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+        encoded = encoded.dictionary_encode(null_encoding="encode")
+        distinct, of_row = encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False)
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
+    words = [_word(value, names) for value in distinct]
+    places = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    of_distinct = np.array([places[word] for word in words], dtype=np.int64)
+    return Labels(
+        words=list(places),
+        of_row=of_distinct[of_row] if len(distinct) else np.zeros(0, np.int64),
+        names=names,
+        is_float=pa.types.is_floating(kind),
+        is_text=pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == MIXED,
+        spaced=[v for v, word in zip(distinct, words, strict=True) if isinstance(v, str) and word and v != word],
+    )
+
+
+def _refuse_values(where: str, values: Any, bad: Sequence[bool], kind: str) -> None:
+    if any(bad):
+        row = list(bad).index(True)
+        value = values[row].as_py() if isinstance(values[row], pa.Scalar) else values[row]
+        raise InputError(
+            f"{where}: row {row} (counted from 0) has the label {str(value)[:80]}, {kind}: a label may be a text, a "
+            "whole number, a float, or true or false."
+        )
+
+
+def _word(value: Any, names: tuple[str, ...] | None) -> str:
+    if value is None:
+        return ""
+    if names is not None and isinstance(value, int):
+        return names[value].strip() if 0 <= value < len(names) else "-1" if value == -1 else f"id {value}"
+    return str(value).strip()
+
+
+def _whole(word: str) -> str:
+    """1.0 and 1. are 1, as a class; anything else stays."""
+    match = _WHOLE.fullmatch(word)
+    return match[1] if match else word
+
+
+def plain(name: str) -> str:
+    """A label's name without what the spellings of one name differ in: case, spaces, `_`, `-`."""
+    return " ".join(re.split(r"[\s_-]+", name.casefold().strip()))
+
+
+# Which words mean that a row has no label
+
+
+def _missing(labels: Labels, flags: TableFlags, names: Collection[str]) -> set[str]:
+    """Nothing, and the words for a missing value, unless the flags or the names of the classes make them classes."""
+    words = flags.label_type == "classes" and labels.is_text
+    return {w for w in labels.words if not w or (w.casefold() in _MISSING and w not in names and not words)}
+
+
+def classes_of(labels: Labels, flags: TableFlags, where: str) -> tuple[str, ...] | None:
+    """The classes that the labels of a generic task stand for, in their order; None for a regression (ledger D1).
+
+    Without `label_type`, floats and texts of numbers that are not all whole are a regression, all else are classes.
+
+    Raises:
+        InputError: labels that can be read in two ways, or fewer than two classes.
+    """
+    if labels.names is not None:
+        return None if flags.label_type == "regression" else labels.names
+    words = [w for w in labels.words if w not in _missing(labels, flags, ())]
+    if flags.label_type == "regression":
+        return None
+    whole = [_WHOLE.fullmatch(w) is not None for w in words]
+    if flags.label_type is None:
+        if bad := [w for w in words if w.casefold() in _INFINITE]:
+            raise InputError(
+                f"{where}: {labels.told(bad)}, which is no finite number: repair the row, or give --label_type classes "
+                "if it is the name of a class."
+            )
+        digits = labels.is_text and all(map(is_number, words))
+        if words and (labels.is_float or (digits and not all(_WHOLE.fullmatch(w) and "." not in w for w in words))):
+            if all(whole):
+                logger.warning("%s: the labels %s are floats and make a regression; --label_type classes makes them "
+                               "classes.", where, listed(words))  # fmt: skip
+            return None
+        if labels.is_text and words and all(re.fullmatch(r"[+-]?\d+,\d+", w) for w in words):
+            raise InputError(f"{where}: {labels.told(words)}, a number with a comma: write it with a point.")
+        broken = [w for w in words if is_number(w) and not _WHOLE.fullmatch(w)]
+        if broken and (bad := [w for w in words if not is_number(w)]) and not labels.is_float:
+            raise InputError(
+                f"{where}: {labels.told(bad)}, among numbers such as {broken[0]}: repair the row, or give --label_type "
+                "classes if all of them are names of classes."
+            )
+    marks = [w for w in words if w in _MARKS[:2] or (w == "-" and "+" not in words)]
+    if marks and flags.unlabelled == "drop":
+        words = [w for w in words if w not in marks]
+        whole = [_WHOLE.fullmatch(w) is not None for w in words]
+    elif marks and flags.label_type is None:
+        raise InputError(
+            f"{where}: {labels.told(marks)}, which may stand for no label or be a class: --unlabelled drop leaves such "
+            "rows out, --label_type classes makes it a class, --label_type regression a number."
+        )
+    if all(whole):
+        words = sorted({_whole(w) for w in words}, key=lambda w: (int(w), w))
+    else:
+        words = sorted(words)
+    if len(words) < 2:
+        raise InputError(f"{where}, has the one label {', '.join(words) or 'hidden'}: a classification needs two or "
+                         "more, a regression floats (or --label_type regression).")  # fmt: skip
+    _warn_of_classes(words, where)
+    return tuple(words)
+
+
+def _warn_of_classes(names: Sequence[str], where: str) -> None:
+    spellings: dict[str, list[str]] = {}
+    for name in names:
+        spellings.setdefault(name.casefold(), []).append(name)
+    if alike := [", ".join(group) for group in spellings.values() if len(group) > 1]:
+        logger.warning("%s: labels that differ in case alone are different classes: %s.", where, listed(alike))
+    if words := [name for name in names if name.casefold() in ("none", "null", "na", "n/a")]:
+        logger.warning("%s: %s is taken for a class, not for a missing label.", where, listed(words))
+
+
+# What the words stand for
+
+
+def label_ids(task: Task, trained: bool) -> dict[str, int]:
+    """Class ids by the words that stand for them.
+
+    They are the names of the classes and, for GLUE's tasks, the ids in GLUE's order, whatever the order of
+    `task.label_names`. `trained`: the names are those of a trained model, and 0 to n - 1 count by index.
+    """
+    names = task.label_names or ()
+    ids = {name: i for i, name in enumerate(names)}
+    if task.name in GLUE:
+        order = {plain(name): i for i, name in enumerate(names)}
+        numbers = {str(i): order[plain(name)] for i, name in enumerate(GLUE[task.name].label_names or ())}
+    else:
+        numbers = by_index(names) if trained else {}
+    return numbers | ids
+
+
+def by_index(names: Sequence[str]) -> dict[str, int]:
+    """0 to n - 1 for classes whose names are words; nothing where a name is a number itself."""
+    return {} if any(map(is_number, names)) else {str(i): i for i in range(len(names))}
+
+
+def label_values(
+    labels: Labels, task: Task, flags: TableFlags, where: str, is_test: bool, trained: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Ids or floats for all rows, and the rows that stay (None: all).
+
+    The labels of a test split are all -1 where they are hidden or cannot be used, and every row stays.
+
+    Raises:
+        InputError: a training or validation row without a proper label; the sentence names the first one.
+    """
+    names = task.label_names or ()
+    values: dict[str, float]
+    if task.label_names is None:
+        low, high = task.label_range or (-math.inf, math.inf)
+        allowed = f"a finite number from {low} to {high}" if task.label_range else "a finite number"
+        values = {w: float(w) for w in labels.words if is_number(w) and low <= float(w) <= high}
+    else:
+        ids = label_ids(task, trained)
+        allowed = listed(list(ids))
+        named = trained or task.name in GLUE  # other classes are those of the file, as they are written there
+        spelled = {plain(name): i for i, name in enumerate(names)} if named else {}
+        values = {}
+        for word in labels.words:
+            found = next((ids[w] for w in (word, _whole(word)) if w in ids), spelled.get(plain(word)))
+            if found is not None:
+                values[word] = found
+    missing = _missing(labels, flags, names)
+    if task.label_names is not None or task.label_range is not None:
+        missing |= {w for w in _MARKS if w in labels.words}
+    missing -= values.keys()
+    bad = [w for w in labels.words if w not in values and w not in missing]
+    if is_test and (bad or missing):
+        if bad or len(labels.rows(missing)) < len(labels.of_row):
+            logger.warning("%s: its labels are not used, since %s, and allowed is %s.", where,
+                           labels.told(bad or missing), allowed)  # fmt: skip
+        return np.full(len(labels.of_row), -1), None
+    if bad:
+        raise InputError(f"{where}: {labels.told(bad)}, allowed is {allowed}: repair or remove the row.")
+    keep = None
+    if missing:
+        rows = labels.rows(missing)
+        if flags.unlabelled != "drop":
+            also = " (-1 or nothing marks hidden labels)" if missing & {"", *_MARKS} else ""
+            way = "; --label_type classes makes it a class" if missing - {"", *_MARKS} and labels.is_text else ""
+            raise InputError(
+                f"{where}: {labels.told(missing)}{also}, allowed is {allowed}: repair the row, or leave such rows out "
+                f"with --unlabelled drop{way}."
+            )
+        logger.warning("%s: %d of %d rows have no label and are left out (--unlabelled drop).", where, len(rows),
+                       len(labels.of_row))  # fmt: skip
+        keep = np.setdiff1d(np.arange(len(labels.of_row)), rows)
+        if not len(keep):
+            raise InputError(f"{where} has no row with a label: it needs at least 1.")
+    if trained and task.name not in GLUE and set(labels.words) & by_index(names).keys() - set(names):
+        logger.info("%s: its labels are numbers and count by the index of %s.", where, listed(names))
+    return np.array([values.get(w, -1) for w in labels.words])[labels.of_row], keep

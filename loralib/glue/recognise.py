@@ -1,0 +1,132 @@
+"""Which task a table is: GLUE's by a flag or by the name of its folder, that of a trained model, or a generic one."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from datasets import ClassLabel, Dataset, Value
+
+from loralib.errors import InputError
+from loralib.glue.cells import listed
+from loralib.glue.columns import guess_texts, named_texts
+from loralib.glue.labels import TableFlags, classes_of, label_ids, plain, read_labels
+from loralib.glue.sources import Source, use_of
+from loralib.glue.tasks import GLUE, Task
+
+logger = logging.getLogger(__name__)
+
+_METRICS = {"classification": ("accuracy",), "regression": ("mse", "pearson", "spearmanr")}
+
+
+def recognise(
+    first: tuple[str, Dataset],
+    with_classes: Callable[[], tuple[str, Dataset]],
+    source: Source,
+    named: Task | None,
+    known: Task | None,
+    flags: TableFlags,
+) -> Task:
+    """The task of the data (ledger D1).
+
+    Args:
+        first: a split that this run reads, and its name; with_classes: gives the one that has all classes.
+        named: of `task_name`; known: of what is trained already.
+
+    Raises:
+        InputError: data of another kind than a flag, a task or a trained model says, or columns that do not tell.
+    """
+    split, table = first
+    where = source.splits[split].where
+    glue = named
+    for task in (source.candidate, GLUE.get(known.name) if known is not None else None):
+        if glue is None and task is not None and not flags.text_columns and _fits(table, task, where):
+            glue = task
+            logger.info("Task %s: %s has its name and its columns.", task.name, source.place)
+    if known is not None:
+        task = _of_known(known, glue, table, where, source, flags)
+    elif glue is not None:
+        task = glue
+    else:
+        task = _generic(*with_classes(), source, flags)
+    kind = "regression" if task.label_names is None else "classes"
+    if flags.label_type not in (None, kind):
+        raise InputError(f"label_type is {flags.label_type} and {task.name} is a task of {kind}: leave the flag out.")
+    return task
+
+
+def _fits(table: Dataset, task: Task, where: str) -> bool:
+    """Whether the columns are the task's: its texts, and labels that are not of another task by their type."""
+    missing = [name for name in task.text_columns if name not in table.column_names]
+    if missing and len(missing) < len(task.text_columns):
+        raise InputError(
+            f"{where}, is named like {task.name} and lacks its column {missing[0]} (it has "
+            f"{listed(table.column_names)}): add the column; or, for data of another task, rename the folder or name "
+            "the columns with --text_column and --text_column_2."
+        )
+    if missing:
+        return False
+    feature = table.features.get("label")
+    if isinstance(feature, ClassLabel):
+        return task.label_names is not None and set(feature.names).issubset(label_ids(task, False))
+    floats = isinstance(feature, Value) and feature.dtype.startswith("float")
+    return not (floats and task.label_names is not None)
+
+
+def _of_known(known: Task, glue: Task | None, table: Dataset, where: str, source: Source, flags: TableFlags) -> Task:
+    """The task of what is trained already, with the text columns that the data has."""
+    if glue is not None:
+        ours, theirs = glue.label_names, known.label_names
+        differ = (ours is None) != (theirs is None)
+        if differ or {*map(plain, ours or ())} != {*map(plain, theirs or ())}:
+            raise InputError(
+                f"{source.place} is {glue.name} with {_labels_in_words(glue)}, and what is trained knows "
+                f"{_labels_in_words(known)}: use data of the task that it was trained on."
+            )
+        return replace(glue, label_names=known.label_names)
+    texts = known.text_columns
+    if flags.text_columns:
+        texts = named_texts(table, flags, where)
+    elif not texts or not set(texts).issubset(table.column_names):
+        texts = guess_texts(table, where)
+    if known.text_columns and len(texts) != len(known.text_columns):
+        raise InputError(
+            f"{where}: what is trained reads {' and '.join(known.text_columns)}, and here the texts are "
+            f"{' and '.join(texts)}: name as many with --text_column and --text_column_2."
+        )
+    kind = "regression" if known.label_names is None else "classification"
+    logger.info("%s: %s of %s, with %s of what is trained.", where, kind, " and ".join(texts),
+                _labels_in_words(known))  # fmt: skip
+    return replace(known, text_columns=texts, metrics=known.metrics or _METRICS[kind])
+
+
+def _generic(split: str, table: Dataset, source: Source, flags: TableFlags) -> Task:
+    where = source.splits[split].where
+    if len(table) == 0:
+        raise InputError(f"{where} has no rows: it needs at least 1.")
+    texts = named_texts(table, flags, where) if flags.text_columns else guess_texts(table, where)
+    if "label" not in table.column_names:
+        name = f"{flags.label_column!r} (label_column)" if flags.label_column else "`label`"
+        way = "name the one that holds the labels with --label_column"
+        if use_of(split) == "test":
+            way = "give train_file, whose labels are the classes, or task_name"
+        raise InputError(f"{where}, has no column {name} among {listed(table.column_names)}: {way}.")
+    names = classes_of(read_labels(table, where), flags, where)
+    kind = "regression" if names is None else "classification"
+    task = Task(kind, texts, names, _METRICS[kind])
+    logger.warning(
+        "%s is %s: generic %s of %s (--text_column), labels from %s (--label_column): %s (--label_type). Give "
+        "task_name for a GLUE task.",
+        source.place,
+        f"named like {source.candidate.name} but has other columns or labels"
+        if source.candidate
+        else "not recognised as a GLUE task",
+        kind,
+        " and ".join(texts),
+        flags.label_column or "label",
+        "numbers" if names is None else listed(names),
+    )
+    return task
+
+
+def _labels_in_words(task: Task) -> str:
+    return "float labels" if task.label_names is None else f"the labels {listed(task.label_names)}"
