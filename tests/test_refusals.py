@@ -216,7 +216,7 @@ def test_lora_path_that_does_not_fit(damage: str, usual, entry_point, tmp_path) 
 
 def test_diverged_run_stops_with_its_step(usual, entry_point, tmp_path, monkeypatch) -> None:
     """A loss that is not finite: noticed at the next log, no checkpoint from it, the last good one stays."""
-    from loralib import trainer
+    from loralib.training import trainer
 
     calls = {"n": 0}
     real = trainer.task_loss

@@ -1,5 +1,6 @@
 """The flags that all entry points share, as dataclasses; each refuses values that cannot work."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,8 @@ from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from loralib.errors import InputError
+from loralib.glue.launched import take_launcher_settings
+from loralib.glue.training_flags import check_after, check_before
 from loralib.secrets import is_secret
 
 
@@ -224,6 +227,10 @@ class GlueTrainingArguments(TrainingArguments):
                 self.warmup_steps = self.warmup_ratio
         if self.no_cuda:
             self.use_cpu = True
+        self.taken_from_launcher = take_launcher_settings(self)
+        check_before(self)
+        if not {"LOCAL_RANK", "RANK"} & os.environ.keys():
+            self.ddp_backend = None  # one process has nobody to talk to, and would wait for others to say hello
         for name, least in LEAST.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
@@ -245,6 +252,7 @@ class GlueTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model in ("mse", "eval_mse"):
             self.greater_is_better = False  # the stock rule knows that of losses alone
         super().__post_init__()
+        check_after(self)
         if self.device.type == "cpu":  # nothing to pin for; the loader would warn
             self.dataloader_pin_memory = False
 

@@ -24,6 +24,7 @@ from loralib.adapt import parameters
 from loralib.deberta import unpad
 from loralib.errors import InputError, RunError
 from loralib.glue import card
+from loralib.glue.caches import use_writable_caches
 from loralib.glue.class_weights import class_weights
 from loralib.glue.data import GlueData, load
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
@@ -35,6 +36,7 @@ from loralib.glue.predictions import check_submission, has_labels, write_predict
 from loralib.glue.record import write_run
 from loralib.glue.tasks import Task
 from loralib.glue.tokens import check_vocabulary, collator, pad_on_the_right, row_length, tokenize
+from loralib.glue.training_flags import check_compiler
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
 from loralib.methods import Method
 from loralib.training.lock import unlock
@@ -74,12 +76,10 @@ def start(
     logging.getLogger("loralib").setLevel(level)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
     datasets.utils.logging.set_verbosity_warning()
-    if training.deepspeed or training.fsdp:
-        name = "deepspeed" if training.deepspeed else "fsdp"
-        raise InputError(
-            f"--{name} is not supported: AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, which "
-            f"{name} shards; train on several GPUs with torchrun instead."
-        )
+    use_writable_caches()
+    for line in training.taken_from_launcher:
+        logger.info("%s", line)
+    check_compiler(training)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
         raise InputError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes and each would train alone: there are not as many "

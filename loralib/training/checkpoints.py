@@ -18,7 +18,7 @@ from loralib.errors import RunError
 from loralib.methods import Stateful
 from loralib.training.guards import Guards
 from loralib.training.manifest import last_good, write_manifest
-from loralib.training.settings import NUMERIC_ARGUMENTS
+from loralib.training.settings import argument_settings
 
 
 class RunningSums(Protocol):
@@ -50,7 +50,7 @@ class Checkpoints(Guards):
 
     def numeric_settings(self) -> dict[str, Any]:
         """All that decides the run's numbers, as JSON values."""
-        own = self.settings | {name: getattr(self.args, name) for name in NUMERIC_ARGUMENTS}
+        own = self.settings | argument_settings(self.args)
         rows = self.train_dataset
         some = json.dumps([rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})], sort_keys=True, default=str)
         own |= {"train_rows": len(rows), "train_data": hashlib.sha256(some.encode()).hexdigest()[:12]}

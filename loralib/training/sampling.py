@@ -36,6 +36,15 @@ class Sampling(Trainer):
             )
         return super().set_initial_training_values(args, dataloader)
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, but --dataloader_drop_last leaves no row out of metrics and predictions."""
+        drop = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop and kwargs.get("is_training", False)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """As stock, but length grouping draws from (seed, epoch): the same on every process and after a resume."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -35,6 +35,20 @@ NUMERIC_ARGUMENTS = (
     "bf16",
     "fp16",
 )
+# These too, but checkpoints did not always hold them: None stands for the default, and for what is not there.
+LATER_ARGUMENTS = ("torch_compile_backend", "torch_compile_mode", "tf32", "full_determinism")
+# With a schedule that looks at the evaluations, these decide as well.
+_EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+def argument_settings(args: Any) -> dict[str, Any]:
+    """The values of a run's stock arguments that decide its numbers, by name."""
+    own = {name: getattr(args, name) for name in NUMERIC_ARGUMENTS}
+    own |= {name: getattr(args, name) or None for name in LATER_ARGUMENTS}
+    if args.lr_scheduler_type in _BY_METRIC:
+        own |= {name: getattr(args, name) for name in _EVALUATIONS}
+    return own
 
 
 def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

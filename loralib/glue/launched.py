@@ -1,0 +1,99 @@
+"""What `accelerate launch`, its config file or ACCELERATE_* variables ask for, taken as the flags that say the same.
+
+Without this the libraries would follow the variables, while record, resume and checks would look at the flags.
+"""
+
+import os
+from typing import Any
+
+from loralib.errors import InputError
+
+_SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (tensor, context, sequence or expert parallelism)",
+}
+_DYNAMO = "ACCELERATE_DYNAMO_"
+
+
+def take_launcher_settings(args: Any) -> list[str]:
+    """Set the flags of `args` that the variables stand for.
+
+    Args:
+        args: the training arguments, before the stock class has looked at them.
+
+    Returns:
+        What was taken, as sentences for the log.
+
+    Raises:
+        InputError: the launcher asks for what is refused as a flag too, or contradicts a flag.
+    """
+    for variable, what in _SHARDING.items():
+        if _on(variable):
+            raise InputError(
+                f"accelerate launch asks for {what} ({variable}={os.environ[variable]}), which is not supported: "
+                "AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, which it shards; use a config file "
+                "without it, or torchrun."
+            )
+    taken = [*_take_precision(args), *_take_compiler(args)]
+    if _on("ACCELERATE_USE_CPU") and not args.use_cpu:
+        args.use_cpu = True
+        taken.append("accelerate launch asks for the CPU: taken as --use_cpu")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip()
+    if steps not in ("", "auto", "1", str(args.gradient_accumulation_steps)):
+        raise InputError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps} and --gradient_accumulation_steps is "
+            f"{args.gradient_accumulation_steps}: the Trainer reads the flag alone, so give {steps} there or unset the "
+            "variable."
+        )
+    return taken
+
+
+def _take_precision(args: Any) -> list[str]:
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").strip().lower() or "no"
+    if asked == "no":
+        return []
+    if asked not in ("bf16", "fp16"):
+        raise InputError(
+            f"accelerate launch asks for --mixed_precision {asked}, it must be no, bf16 or fp16: fewer bits are not "
+            "supported."
+        )
+    flag = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    if flag not in (None, asked):
+        raise InputError(
+            f"accelerate launch asks for --mixed_precision {asked} and the program for --{flag}: give one of them."
+        )
+    if flag is not None:
+        return []
+    setattr(args, asked, True)
+    return [f"accelerate launch asks for --mixed_precision {asked}: taken as --{asked}"]
+
+
+def _take_compiler(args: Any) -> list[str]:
+    backend = os.environ.get(f"{_DYNAMO}BACKEND", "no").strip().lower() or "no"
+    for name in ("USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION"):
+        # accelerate reads these even where the backend comes from --torch_compile
+        if _on(_DYNAMO + name) and (backend != "no" or args.torch_compile):
+            raise InputError(
+                f"accelerate launch asks for --dynamo_{name.lower()}, which is not supported: give --torch_compile "
+                "with --torch_compile_backend and --torch_compile_mode alone."
+            )
+    # accelerate launch always sets this to False, where torch's own default is to decide by what it meets
+    os.environ.pop(f"{_DYNAMO}USE_DYNAMIC", None)
+    if backend == "no":
+        return []
+    if args.torch_compile_backend is not None and args.torch_compile_backend.lower() != backend:
+        raise InputError(
+            f"accelerate launch asks for --dynamo_backend {backend} and the program for --torch_compile_backend "
+            f"{args.torch_compile_backend}: give one of them."
+        )
+    mode = os.environ.get(f"{_DYNAMO}MODE", "default").strip()
+    args.torch_compile, args.torch_compile_backend = True, backend
+    if mode not in ("", "default") and args.torch_compile_mode is None:
+        args.torch_compile_mode = mode
+    return [f"accelerate launch asks for --dynamo_backend {backend}: taken as --torch_compile_backend {backend}"]
+
+
+def _on(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on", "y", "t")
