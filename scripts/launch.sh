@@ -78,37 +78,10 @@ gpus() {
     echo "${#ids[@]}"
 }
 
-# state FOLDER: new, logged (nothing but a sweep's log), anew (what a run left that was cut off before its first
-# checkpoint), resume, finished, or other.
-state() {
-    local item status=other
-    if [[ ! -d "$1" || -z "$(ls -A "$1")" ]]; then
-        echo new
-        return
-    fi
-    # run.json is written whole or not at all; a file cut short by other means is no result
-    if tail -n 1 "$1/run.json" 2>/dev/null | grep -q '^}' && grep -q '^  "status": "finished"' "$1/run.json"; then
-        echo finished
-        return
-    fi
-    # whole checkpoints have a manifest; the stages of a schedule know their own
-    if [[ -n "$(find "$1" -maxdepth 2 \( -path "*/checkpoint-*/checkpoint.json" -o -name 'stage-*' \) -print -quit)" ]]; then
-        status=resume
-    fi
-    if [[ $status == other ]]; then
-        status=logged
-        for item in "$1"/* "$1"/.[!.]*; do
-            case "$(basename "$item")" in
-            run.log | .lock | .sweep.lock | '*' | '.[!.]*') ;;
-            runs | run.json | run.json.tmp | checkpoint-*) status=anew ;;
-            *) # not of a run: the entry point will refuse the folder
-                status=other
-                break
-                ;;
-            esac
-        done
-    fi
-    echo "$status"
+# finished FOLDER: whether it holds the results of a finished run. A run.json is written whole or not at all; a file that
+# was cut short by other means is no result.
+finished() {
+    tail -n 1 "$1/run.json" 2>/dev/null | grep -q '^}' && grep -q '^  "status": "finished"' "$1/run.json"
 }
 
 run() { # METHOD FLAGS...
@@ -163,18 +136,10 @@ run() { # METHOD FLAGS...
         fi
     fi
 
-    if [[ "$overwrite" != [Tt]rue ]]; then
-        case "$(state "$output")" in
-        finished)
-            echo "$output holds a finished run: nothing to do, whatever the flags (--overwrite_output_dir runs it anew)."
-            return
-            ;;
-        logged) own+=(--overwrite_output_dir) ;;
-        anew)
-            echo "$output holds a run that was cut off before its first checkpoint: it starts anew."
-            own+=(--overwrite_output_dir)
-            ;;
-        esac
+    # Else the entry point decides whether it goes on, starts anew or refuses the folder.
+    if [[ "$overwrite" != [Tt]rue ]] && finished "$output"; then
+        echo "$output holds a finished run: nothing to do, whatever the flags (--overwrite_output_dir runs it anew)."
+        return
     fi
 
     # later flags win

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from loralib.errors import InputError  # noqa: E402
 from loralib.secrets import hide, is_secret, remember_command  # noqa: E402
+from loralib.training.lock import open_lock  # noqa: E402
 
 METHODS = ("lora", "lora-orth", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full")
 LOCK_FILE = ".sweep.lock"
@@ -223,7 +224,7 @@ def watch(parent: int, folder: Path, command: Sequence[str]) -> int:
     die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
         return 1
-    with open(folder / LOCK_FILE, "w") as lock:
+    with open_lock(folder / LOCK_FILE) as lock:
         wait_for_lock(lock, GRACE + 10, folder)
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGKILL))
         code = 128 + signal.SIGTERM
@@ -441,7 +442,7 @@ def sweep(jobs: Sequence[Job], args: argparse.Namespace) -> int:
 def wait_until_free(folder: Path) -> None:
     """Until the guard of a cancelled run has ended it."""
     if (folder / LOCK_FILE).exists():
-        with open(folder / LOCK_FILE) as lock:
+        with open_lock(folder / LOCK_FILE) as lock:
             wait_for_lock(lock, GRACE + 10, folder)
 
 
@@ -496,7 +497,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--guard"]:
-        return guard(int(argv[1]), Path(argv[2]), argv[3:])
+        try:
+            return guard(int(argv[1]), Path(argv[2]), argv[3:])
+        except InputError as error:
+            print(f"sweep.py: error: {error}", file=sys.stderr)
+            return 2
     args, flags = make_parser().parse_known_args(argv)
     remember_command(word for text in (*flags, *args.only, *args.grid) for word in [text, *re.split(r"[\s:,]+", text)])
     try:

@@ -346,7 +346,7 @@ def test_output_folder_is_resumed_refused_or_cleared(usual, entry_point, tmp_pat
     assert (out / "notes.txt").read_text() == "mine"
     assert json.loads((out / "run.json").read_text())["steps"] == 1
 
-    with pytest.raises(InputError, match="not empty and holds no checkpoint .* --overwrite_output_dir"):
+    with pytest.raises(InputError, match="holds a finished run and no checkpoint .* --overwrite_output_dir"):
         main(usual)
 
 

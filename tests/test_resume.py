@@ -1,5 +1,7 @@
 """A run that was stopped, however it was stopped, ends as the run that was not: bitwise, or it says why it cannot."""
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +19,14 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from loralib.errors import InputError, RunInterrupted
-from loralib.training.manifest import MANIFEST, last_checkpoint, read_manifest
+from loralib.training.manifest import (
+    MANIFEST,
+    last_checkpoint,
+    parse_manifest,
+    read_manifest,
+    rotate,
+    write_manifest,
+)
 
 # Three steps an epoch: 22 rows in batches of 4, the last of 2, accumulated by twos. Eight steps end within the third.
 STEPS = {"num_train_epochs": 3.0, "max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 1}
@@ -145,9 +154,9 @@ def test_a_checkpoint_of_another_pretrained_model_or_other_rows_is_refused(adalo
 
 def test_a_checkpoint_of_more_processes_is_refused_with_the_reason(adalora_run: Path, tmp_path: Path) -> None:
     shutil.copytree(adalora_run / "checkpoint-4", tmp_path / "checkpoint-4")
-    manifest = json.loads((tmp_path / "checkpoint-4" / MANIFEST).read_text())
+    manifest = read_manifest(tmp_path / "checkpoint-4")
     manifest["settings"]["world_size"] = 2
-    (tmp_path / "checkpoint-4" / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "checkpoint-4", {name: manifest[name] for name in ("step", "settings", "progress")})
     with pytest.raises(InputError, match="world_size was 2, is 1.*would deal other rows"):
         make("adalora", tmp_path).train(str(tmp_path / "checkpoint-4"))
 
@@ -164,7 +173,7 @@ def test_what_a_method_needs_is_in_the_checkpoint_without_pickle(adalora_run: Pa
     state = load_file(adalora_run / "checkpoint-4" / "method_state.safetensors")
     assert sum(k.startswith("allocator/importance.") for k in state) == 3 * 12
     manifest = json.loads((adalora_run / "checkpoint-4" / MANIFEST).read_text())
-    assert manifest["version"] == 1 and manifest["step"] == 4
+    assert manifest["version"] == 2 and manifest["step"] == 4
     assert sum(json.loads((adalora_run / "checkpoint-4" / "adapter.json").read_text())["ranks"].values()) <= 48
 
 
@@ -184,23 +193,59 @@ def test_every_damage_is_noticed_and_the_checkpoint_before_is_taken(
                 path.unlink()
             elif damage == "cut":
                 path.write_bytes(content[: len(content) // 2])
-            elif name != MANIFEST:
+            else:
                 middle = len(content) // 2
                 path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-            else:
-                continue
             caplog.clear()
             with caplog.at_level(logging.WARNING, logger="loralib"):
                 assert last_checkpoint(folder) == folder / "checkpoint-4"
             assert "checkpoint-8 is " in caplog.text and (name in caplog.text), caplog.text
 
 
+def test_every_bit_of_the_manifest_is_vouched_for(adalora_run: Path) -> None:
+    folder = adalora_run / "checkpoint-4"
+    content = (folder / MANIFEST).read_bytes()
+    assert parse_manifest(folder, content)["step"] == 4
+    taken = []
+    for place in range(len(content)):
+        for bit in range(8):
+            flipped = content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+            with contextlib.suppress(InputError):
+                parse_manifest(folder, flipped)
+                taken.append((place, bit))
+    assert len(content) > 2000 and taken == []
+
+
 def test_newer_format_is_refused(adalora_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(adalora_run / "checkpoint-4", tmp_path / "checkpoint-4")
-    path = tmp_path / "checkpoint-4" / MANIFEST
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(InputError, match="format 2, this code reads up to 1"):
-        read_manifest(tmp_path / "checkpoint-4")
+    """With or without a checksum of this format's kind."""
+    manifest = json.loads((adalora_run / "checkpoint-4" / MANIFEST).read_text())
+    manifest["version"] = 3
+    (tmp_path / "checkpoint-4").mkdir()
+    before = json.dumps({k: v for k, v in manifest.items() if k != "own_sha256"}, indent=1).removesuffix("\n}")
+    whole = before + f',\n "own_sha256": "{hashlib.sha256(before.encode()).hexdigest()}"\n}}\n'
+    for text in (before + "\n}", whole):
+        (tmp_path / "checkpoint-4" / MANIFEST).write_text(text)
+        with pytest.raises(InputError, match="format 3, this code reads up to 2"):
+            read_manifest(tmp_path / "checkpoint-4")
+
+
+def test_a_checkpoint_is_hashed_once(adalora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is asked for; and again when a file of it changes, be it in content alone."""
+    shutil.copytree(adalora_run, tmp_path / "run")
+    hashed = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, name: hashed.append(Path(file.name).name) or real(file, name)
+    )
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-8"
+    make("adalora", tmp_path / "run").train(str(tmp_path / "run" / "checkpoint-8"))
+    files = read_manifest(tmp_path / "run" / "checkpoint-8")["files"]
+    assert sorted(hashed) == sorted(files)
+    optimizer = tmp_path / "run" / "checkpoint-8" / "optimizer.pt"
+    content, before = optimizer.read_bytes(), optimizer.stat()
+    optimizer.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
+    os.utime(optimizer, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
 
 
 def test_older_checkpoints_go_only_after_the_new_one_is_complete(
@@ -219,6 +264,60 @@ def test_older_checkpoints_go_only_after_the_new_one_is_complete(
     make("lora", tmp_path, save_steps=2, save_total_limit=1).train()
     assert seen == {f"checkpoint-{s}": [f"checkpoint-{s - 2}"] if s > 2 else [] for s in (2, 4, 6, 8)}
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_a_clock_that_was_set_back_loses_no_checkpoint(tmp_path: Path) -> None:
+    """Older checkpoints are those of lower steps, whatever their times say."""
+    make("lora", tmp_path, save_steps=2, max_steps=4).train()
+    for step in (10, 9):
+        shutil.copytree(tmp_path / "checkpoint-4", tmp_path / f"checkpoint-{step}")
+        os.utime(tmp_path / f"checkpoint-{step}", (step, step))  # the newest steps look oldest
+    rotate(tmp_path / "checkpoint-10", 2, str(tmp_path / "checkpoint-2"))
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_what_is_being_removed_is_renamed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed in the middle of a removal leaves no half checkpoint, and the next run clears up."""
+    make("lora", tmp_path, save_steps=2).train()
+
+    class Killed(BaseException):
+        pass
+
+    def die(path: Path, **kwargs: Any) -> None:
+        if Path(path).exists():
+            (Path(path) / "optimizer.pt").unlink()
+            raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(Killed):
+        rotate(tmp_path / "checkpoint-8", 2, None)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert [p.name for p in tmp_path.glob(".*")] == [".checkpoint-2.removed"]
+    make("lora", tmp_path, save_steps=2).train(str(tmp_path / "checkpoint-8"))
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_steps_of_logs_saves_and_evaluations_may_change_on_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new ones hold from the checkpoint on, and the log says so. Logs and saves change no parameter; an evaluation
+    draws from the random state."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 4}
+    straight = make("lora", tmp_path / "a", logging_steps=4, **evaluation)
+    straight.train()
+    same = make("lora", tmp_path / "c", logging_steps=1, save_steps=3, **evaluation)
+    same.train(str(tmp_path / "a" / "checkpoint-4"))
+    ends = runs.result(same)["state"], runs.result(straight)["state"]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    changed = make("lora", tmp_path / "b", logging_steps=1, save_steps=3, **(evaluation | {"eval_steps": 2}))
+    with caplog.at_level(logging.INFO, logger="loralib"):
+        changed.train(str(tmp_path / "a" / "checkpoint-4"))
+    assert sorted(p.name for p in (tmp_path / "b").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    assert [log["step"] for log in changed.state.log_history if "loss" in log] == [4, 5, 6, 7, 8]
+    assert [log["step"] for log in changed.state.log_history if "eval_loss" in log] == [4, 6, 8]
+    for name, before, now in (("logging", 4, 1), ("eval", 4, 2), ("save", 1, 3)):
+        assert f"{name}_steps was {before} until the checkpoint and is {now} from here on" in caplog.text
 
 
 # ---- SIGTERM ----
@@ -243,7 +342,7 @@ def test_sigterm_finishes_the_step_and_saves(step: int, tmp_path: Path) -> None:
     stopped = make("sora", tmp_path / "stopped", eval_strategy="epoch", save_strategy="no")
     stopped.add_callback(Terminate(step))
     with pytest.raises(
-        RunInterrupted, match=f"after step {step} of 8; the last good checkpoint is .*checkpoint-{step}"
+        RunInterrupted, match=f"after step {step} of 8: the same command goes on from .*checkpoint-{step}"
     ):
         stopped.train()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -387,4 +486,5 @@ def test_sigterm_ends_the_command_with_143_and_it_goes_on(flags: list[str], tmp_
     assert runs.finished(process, 60) == 143
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "interrupted" and record["steps"] > 0
-    assert f"the last good checkpoint is {tmp_path}/run/checkpoint-{record['steps']}" in (tmp_path / "log").read_text()
+    advice = f"the same command goes on from the last good checkpoint, {tmp_path}/run/checkpoint-{record['steps']}."
+    assert advice in (tmp_path / "log").read_text()

@@ -184,24 +184,24 @@ def test_environment_and_flags_from_any_folder_with_spaces(tmp_path: Path) -> No
 
 
 def test_the_same_command_again(tmp_path: Path) -> None:
-    """What stands in the run's folder decides: finished, resumed, begun anew, or left to the entry point to refuse."""
+    """A finished run is left alone; with any other folder the entry point decides: go on, start anew or refuse."""
     folder = tmp_path / "mrpc" / "lora" / "seed42"
 
     def again(*flags: str) -> str:
         return script("mrpc", "lora", *flags, OUTPUT=str(tmp_path)).stdout
 
-    assert "--overwrite_output_dir" not in again()
+    def enters() -> bool:
+        said = again()
+        return "run_glue.py" in said and "--overwrite_output_dir" not in said
+
+    assert enters()
     folder.mkdir(parents=True)
     (folder / "run.log").write_text("a sweep's first line")
-    assert "--overwrite_output_dir" in again() and "starts anew" not in again()
-    (folder / "runs").mkdir()
-    assert "starts anew" in again() and "--overwrite_output_dir" in again()
+    assert enters()
     (folder / "checkpoint-500").mkdir()  # half-written: no manifest
-    assert "starts anew" in again() and "--overwrite_output_dir" in again()
+    assert enters()
     (folder / "notes.txt").write_text("not of a run")
-    assert "--overwrite_output_dir" not in again()
-    (folder / "checkpoint-500" / "checkpoint.json").write_text("{}")
-    assert "--overwrite_output_dir" not in again() and "run_glue.py" in again()
+    assert enters()
     whole = json.dumps({"version": 1, "status": "finished", "metrics": {}}, indent=2) + "\n"
     (folder / "run.json").write_text(whole[:30])
     assert "run_glue.py" in again()

@@ -1,5 +1,6 @@
 """The writer of files: data go under another name first and are renamed when they are whole."""
 
+import errno
 import json
 import os
 import shutil
@@ -27,9 +28,22 @@ def write_file(file: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(aside, file)
+        sync_folder(file.parent)
     except OSError:
         aside.unlink(missing_ok=True)  # of a full disk
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder, new and renamed ones too, are on the disk."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    except OSError as error:  # some network file systems know no such thing
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EROFS):
+            raise
+    finally:
+        os.close(opened)
 
 
 def write_tensors(file: Path, state: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from loralib.errors import InputError
 from loralib.glue import card
 from loralib.glue.flags import GlueTrainingArguments
-from loralib.training.lock import LOCK_FILE, lock
-from loralib.training.manifest import last_checkpoint, read_manifest
+from loralib.glue.record import RUN_FILE
+from loralib.training.lock import lock
+from loralib.training.manifest import MANIFEST, checkpoints, last_checkpoint, read_manifest
 
 if TYPE_CHECKING:
     from loralib.glue.run import Run
@@ -25,8 +27,13 @@ RUN_NAMES = re.compile(
     r"checkpoint-\d+|stage-\d+|runs|run\.json|(all|train|eval|predict)\w*_results\w*\.json|predict_results_[\w-]+\.(txt|tsv)|"
     r"trainer_state\.json|training_args\.bin|adapter\.(safetensors|json)|model\.safetensors|config\.json|"
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|spm\.model|sentencepiece\.bpe\.model|"
-    r"vocab\.(txt|json)|merges\.txt|glue_submission"
+    r"vocab\.(txt|json)|merges\.txt|glue_submission|"
+    r"\.checkpoint-\d+\.removed|\.unfinished|\.(run\.json|adapter\.(safetensors|json))\.tmp|run\.json\.tmp"
 )
+UNFINISHED = ".unfinished"  # stands in a folder from the beginning of a training to its record
+# What may stand in a folder before its first checkpoint: half a checkpoint, or half of one that was being removed, and
+# what a sweep and TensorBoard put there.
+EARLY = re.compile(r"checkpoint-\d+|\.checkpoint-\d+\.removed|runs|run\.log|\.lock|\.sweep\.lock")
 
 
 def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
@@ -36,14 +43,21 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
         The checkpoint to go on from, or None for a fresh start.
 
     Raises:
-        InputError: the folder holds something but no checkpoint, and --overwrite_output_dir is not given.
+        InputError: the folder holds damaged checkpoints alone, or a finished run without any, or what no unfinished
+            run left, and --overwrite_output_dir is not given.
     """
     folder = Path(training.output_dir)
     if training.process_index == 0:
         lock(folder)
     if training.resume_from_checkpoint:
         if training.resume_from_checkpoint.lower() == "true":
-            return _last_checkpoint(folder)
+            last = whole_checkpoint(folder)
+            if last is None:
+                raise InputError(
+                    f"output_dir {folder} holds no checkpoint to resume from: leave --resume_from_checkpoint out to "
+                    "start anew."
+                )
+            return str(last)
         named = Path(training.resume_from_checkpoint)
         if any(named.glob("checkpoint-*")) or not (named / "trainer_state.json").is_file():
             raise InputError(
@@ -56,13 +70,89 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
         return None
     if training.overwrite_output_dir:
         return None
-    left = [p.name for p in folder.iterdir() if p.name not in (LOCK_FILE, "runs")] if folder.is_dir() else []
-    # A run that was killed before its first checkpoint leaves no more than a half-written one; an interrupted schedule
-    # has stages, which know their own checkpoints.
-    unfinished = all(re.fullmatch(r"checkpoint-\d+", name) for name in left)
-    if (unfinished or any(re.fullmatch(r"stage-\d+", name) for name in left)) and last_checkpoint(folder) is None:
-        return None
-    return _last_checkpoint(folder)
+    last = whole_checkpoint(folder)
+    if last is not None:
+        logger.info("going on from %s; --overwrite_output_dir would start anew", last)
+        return str(last)
+    # Stages know their own checkpoints.
+    if not (_early(folder) or _has_stages(folder) or began_unfinished(folder)):
+        finished = record_of(folder).get("status") == "finished"
+        raise InputError(
+            f"output_dir {folder} {'holds a finished run and' if finished else 'is not empty and holds'} no "
+            "checkpoint to resume from: name another folder, or give "
+            "--overwrite_output_dir to remove what an earlier run left there."
+        )
+    return None
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a run in `folder` goes on from; None where none was written to its end.
+
+    Raises:
+        InputError: checkpoints were written, and each is damaged.
+    """
+    last = last_checkpoint(folder)
+    for _, path in [] if last else checkpoints(folder):
+        if (path / MANIFEST).exists():
+            try:
+                read_manifest(path)
+            except InputError as error:
+                raise InputError(
+                    f"output_dir {folder} holds no whole checkpoint to resume from ({str(error).rstrip('.')}): name "
+                    "another folder, or give --overwrite_output_dir to start anew there."
+                ) from error
+    return last
+
+
+def starts_clear(training: GlueTrainingArguments, checkpoint: str | None) -> bool:
+    """Whether what an earlier run left is removed before this one trains: where that was asked for, and where a
+    training ended in the folder before it was finished and wrote no checkpoint."""
+    if not training.do_train or checkpoint is not None:
+        return False
+    folder = Path(training.output_dir)
+    return training.overwrite_output_dir or (began_unfinished(folder) and not _has_stages(folder))
+
+
+def began_unfinished(folder: Path) -> bool:
+    """Whether a training began in the folder and nothing there is finished."""
+    record = record_of(folder)
+    arguments = record.get("arguments")
+    trained = arguments.get("do_train") is not False if isinstance(arguments, dict) else True
+    if record.get("status") == "finished" and trained:
+        return False
+    if (folder / UNFINISHED).exists():
+        return True
+    if (folder / RUN_FILE).is_file() and not record:  # a record that was cut short, and nothing else
+        return all(p.name == RUN_FILE or EARLY.fullmatch(p.name) for p in folder.iterdir())
+    return bool(record) and record.get("status") != "finished" and isinstance(arguments, dict) and trained
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The folder's `run.json`, {} where it is missing or no record."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _early(folder: Path) -> bool:
+    return not folder.is_dir() or all(EARLY.fullmatch(p.name) for p in folder.iterdir())
+
+
+def _has_stages(folder: Path) -> bool:
+    return folder.is_dir() and any(re.fullmatch(r"stage-\d+", p.name) for p in folder.iterdir())
+
+
+def mark_unfinished(training: GlueTrainingArguments) -> None:
+    """Note that a training begins; `mark_finished` takes the note away."""
+    if training.should_save:
+        (Path(training.output_dir) / UNFINISHED).touch()
+
+
+def mark_finished(training: GlueTrainingArguments) -> None:
+    """Once `run.json` says that the run is finished."""
+    (Path(training.output_dir) / UNFINISHED).unlink(missing_ok=True)
 
 
 # Flags that name what a run reads.
@@ -110,7 +200,7 @@ def _within(path: str, folder: str) -> bool:
 
 
 def clear_output_dir(run: Run) -> None:
-    """With --overwrite_output_dir: remove what an earlier run left, once nothing can be refused any more."""
+    """Remove what an earlier run left, where `starts_clear` says so, once nothing can be refused any more."""
     if not run.clear:
         return
     run.clear = False
@@ -119,15 +209,4 @@ def clear_output_dir(run: Run) -> None:
             for item in sorted(Path(run.training.output_dir).iterdir()):
                 if RUN_NAMES.fullmatch(item.name) or card.is_card(item):
                     shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-                    logger.info("--overwrite_output_dir: removed %s of an earlier run", item)
-
-
-def _last_checkpoint(folder: Path) -> str:
-    last = last_checkpoint(folder)
-    if last is None:
-        raise InputError(
-            f"output_dir {folder} is not empty and holds no checkpoint to resume from: name another folder, or give "
-            "--overwrite_output_dir to remove what an earlier run left there."
-        )
-    logger.info("going on from %s; --overwrite_output_dir would start anew", last)
-    return str(last)
+                    logger.info("removed %s of an earlier run", item)

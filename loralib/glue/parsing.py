@@ -256,8 +256,8 @@ def command(main: Callable[[], Any]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
         print(
-            f"{Path(sys.argv[0]).name}: stopped by Ctrl-C; the same command goes on from the last checkpoint (SIGTERM "
-            "would have written one).",
+            f"{Path(sys.argv[0]).name}: stopped by Ctrl-C; the same command goes on from the last checkpoint, or "
+            "starts anew where there is none (SIGTERM would have written one).",
             file=sys.stderr,
         )
     except (InputError, RunError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from loralib.adapt import parameters
+from loralib.adapters.writing import write_file
 from loralib.glue.machine import git_commit, hardware, versions
 from loralib.secrets import hide, is_secret
 from loralib.training.trainer import LoRATrainer
@@ -73,8 +73,5 @@ def flags_of(part: Any) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    """Write aside, wait for the disk, then rename: a reader never sees half a file."""
+    write_file(Path(path), (json.dumps(value, indent=2, default=str) + "\n").encode())

@@ -28,7 +28,14 @@ from loralib.glue.caches import use_writable_caches
 from loralib.glue.class_weights import class_weights
 from loralib.glue.data import GlueData, load
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
-from loralib.glue.folder import check_inputs_stay, clear_output_dir, prepare_output_dir
+from loralib.glue.folder import (
+    check_inputs_stay,
+    clear_output_dir,
+    mark_finished,
+    mark_unfinished,
+    prepare_output_dir,
+    starts_clear,
+)
 from loralib.glue.metrics import compute_metrics, metric_names, to_labels, to_scores
 from loralib.glue.model import adapter_config, load_lora_path
 from loralib.glue.parsing import flag_files
@@ -40,6 +47,7 @@ from loralib.glue.training_flags import check_compiler
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
 from loralib.methods import Method
 from loralib.training.lock import unlock
+from loralib.training.manifest import the_same_command
 from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
@@ -105,9 +113,11 @@ def start(
             )
     with training.main_process_first(desc="output folder"):
         checkpoint = prepare_output_dir(training)
+        clear = starts_clear(training, checkpoint)
+        if clear and not training.overwrite_output_dir:
+            logger.warning("%s: a run ended here before its first checkpoint; it starts anew", training.output_dir)
     set_seed(training.seed)
     command = sys.argv if argv is None else [sys.argv[0], *argv]
-    clear = training.do_train and training.overwrite_output_dir and checkpoint is None
     if clear:
         check_inputs_stay(training.output_dir, (model, data, lora), flag_files(command[1:]))
     return Run((model, data, lora, training), training, checkpoint, data.glue_submission, list(command), clear)
@@ -314,9 +324,13 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
     """
     metrics: dict[str, Any] = {}
     try:
+        if run.training.do_train:
+            mark_unfinished(run.training)
         _train_and_evaluate(run, trainer, data, metrics)
         if run.training.should_save:
             write_run(run, trainer, method, data.task.name, "finished", metrics)
+            if run.training.do_train:
+                mark_finished(run.training)
             if run.training.do_train:
                 card.write_card(run.training.output_dir)
     except RunError as error:
@@ -326,8 +340,8 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
         raise
     except OSError as error:
         raise RunError(
-            f"output_dir {run.training.output_dir} could not be written to ({error}): see to its disk, and the same "
-            "command goes on from the last checkpoint."
+            f"output_dir {run.training.output_dir} could not be written to ({error}): see to its disk, and "
+            f"{the_same_command(run.training.output_dir)}."
         ) from error
     finally:
         unlock(run.training.output_dir)

@@ -1,25 +1,32 @@
 """A run in several stages, each trained from where the last one ended: folders, skipping, and the curve over stages.
 
-Stage k but the last lives in `output_dir/stage-k` as a run of its own, with its checkpoints, results and `run.json`.
-The last stage is the run itself. Each stage has its own optimizer, warm-up and schedule, and shuffles by seed + k.
+Each stage k but the last lives in `output_dir/stage-k` as a run of its own, with checkpoints, results and `run.json`.
+That record keeps the settings that decide the stage's numbers and the SHA-256 of its adapter: a finished stage is taken
+again only with the same ones. The last stage is the run itself. Each stage has its own optimizer, warm-up and schedule,
+and it shuffles by seed + k.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralib.adapters.own import load_adapter
+from loralib.adapters.reading import ADAPTER_FILE
 from loralib.glue.data import GlueData
-from loralib.glue.folder import clear_output_dir
-from loralib.glue.record import RUN_FILE
+from loralib.glue.folder import clear_output_dir, record_of, whole_checkpoint
+from loralib.glue.record import RUN_FILE, flags_of
 from loralib.glue.run import Run, describe, load_start, train_and_report, trainer_of, trainer_parts
 from loralib.methods import Method
-from loralib.training.manifest import last_checkpoint
+from loralib.training.lock import lock, unlock
+from loralib.training.settings import check_settings
 from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
@@ -62,16 +69,27 @@ def train_in_stages(
 
 
 def start_stage(run: Run, number: int, epochs: float | None) -> Run:
-    """The run of stage `number`, in its own folder, going on from its last checkpoint if there is one.
+    """The run of stage `number`, in its own locked folder, going on from its last checkpoint if there is one.
 
     Args:
         epochs: epochs of the stage; None: those of the run.
+
+    Raises:
+        InputError: the folder's checkpoints are damaged, or another process holds it.
     """
     clear_output_dir(run)
     folder = Path(run.training.output_dir) / f"stage-{number}"
     training = _with_epochs(run.training, number, epochs, output_dir=str(folder), do_predict=False, push_to_hub=False)
-    found = last_checkpoint(folder)
-    return dataclasses.replace(run, training=training, checkpoint=str(found) if found else None)
+    if training.process_index == 0:
+        lock(folder)
+    found = whole_checkpoint(folder)
+    return dataclasses.replace(
+        run,
+        arguments=tuple(training if part is run.training else part for part in run.arguments),
+        training=training,
+        checkpoint=str(found) if found else None,
+        started=time.time(),
+    )
 
 
 def last_stage(run: Run, number: int, epochs: float | None, keys: tuple[str, ...]) -> Run:
@@ -79,16 +97,17 @@ def last_stage(run: Run, number: int, epochs: float | None, keys: tuple[str, ...
 
     Args:
         number: stages before this one.
-        keys: entries of each stage's `run.json` that the curve holds beside its metrics and steps.
+        keys: entries of each stage's `run.json` that the curve holds beside its metrics, steps and seconds.
     """
     out = Path(run.training.output_dir)
 
     def with_curve(record: dict[str, Any]) -> dict[str, Any]:
         curve = []
-        for stage in [*(_read(out / f"stage-{k}") for k in range(number)), record]:
-            metrics = {k: v for k, v in stage["metrics"].items() if k.startswith("eval_")}
-            curve.append({**{k: stage[k] for k in keys}, "metrics": metrics, "steps": stage["steps"]})
-        return record | {"stages": curve}
+        for stage in [*(record_of(out / f"stage-{k}") for k in range(number)), record]:
+            metrics = {k: v for k, v in stage.get("metrics", {}).items() if k.startswith("eval_")}
+            point = {k: stage.get(k) for k in (*keys, "steps")}
+            curve.append({**point, "metrics": metrics, "seconds": stage.get("metrics", {}).get("train_runtime")})
+        return record | {"seed": run.training.seed, "stages": curve}
 
     return dataclasses.replace(run, training=_with_epochs(run.training, number, epochs), complete=with_curve)
 
@@ -102,13 +121,54 @@ def _with_epochs(training: Any, number: int, epochs: float | None, **changes: An
 
 
 def take_finished_stage(run: Run, trainer: LoRATrainer) -> bool:
-    """Load the adapter of a stage that an earlier process finished; False where there is none."""
+    """Load the adapter of a stage that an earlier process finished; False where there is none, and then the stage's
+    record will keep what a later process compares.
+
+    Raises:
+        InputError: the stage was trained with other settings.
+    """
     folder = Path(run.training.output_dir)
-    if not (folder / RUN_FILE).is_file() or _read(folder).get("status") != "finished":
+    settings = trainer.numeric_settings()
+    run.complete = partial(_with_settings, folder, settings)
+    record = record_of(folder)
+    if record.get("status") != "finished":
+        if (folder / RUN_FILE).exists() and not record:
+            logger.warning("%s cannot be read: the stage is run again", folder / RUN_FILE)
+        return False
+    _check_settings(folder, record, settings, run)
+    kept = record.get("adapter_sha256")
+    if not (folder / ADAPTER_FILE).is_file() or kept not in (None, _sha256(folder / ADAPTER_FILE)):
+        logger.warning("%s is not what the stage wrote: the stage is run again", folder / ADAPTER_FILE)
         return False
     load_adapter(trainer.model, folder)
     logger.info("%s is finished: going on from its result", folder)
+    if run.training.process_index == 0:
+        unlock(folder)
     return True
+
+
+def _with_settings(folder: Path, settings: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    adapter = folder / ADAPTER_FILE
+    return record | {"settings": settings, "adapter_sha256": _sha256(adapter) if adapter.is_file() else None}
+
+
+def _check_settings(folder: Path, record: dict[str, Any], settings: dict[str, Any], run: Run) -> None:
+    saved = record.get("settings")
+    if isinstance(saved, dict):
+        check_settings(folder, saved, settings, "stage")
+        return
+    # Older records have the flags of the whole run, which later stages with epochs of their own do not share.
+    own = {k: v for part in run.arguments for k, v in flags_of(part).items()} | {"seed": run.training.seed}
+    own = json.loads(json.dumps(own, default=str))
+    before = {**record.get("arguments", {}), "seed": record.get("seed")}
+    names = settings.keys() & before.keys() & own.keys()
+    if own.get("lambda_epochs") is not None and folder.name != "stage-0":
+        names -= {"num_train_epochs", "max_steps"}
+    check_settings(folder, {n: before[n] for n in names}, {n: own[n] for n in names}, "stage")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def show_stages(run: Run) -> None:
@@ -119,11 +179,7 @@ def show_stages(run: Run) -> None:
 
     out = Path(run.training.output_dir)
     with SummaryWriter(str(out / "runs" / "stages")) as writer:
-        for number, point in enumerate(_read(out)["stages"]):
+        for number, point in enumerate(record_of(out).get("stages", [])):
             for name, value in (point | point["metrics"]).items():
                 if isinstance(value, int | float):
                     writer.add_scalar(f"Stages/{name}", value, number)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))

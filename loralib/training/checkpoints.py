@@ -11,13 +11,12 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer_utils import rotate_checkpoints
 
 from loralib.adapters.own import load_method_state, save_method_state
 from loralib.errors import RunError
 from loralib.methods import Stateful
 from loralib.training.guards import Guards
-from loralib.training.manifest import last_good, write_manifest
+from loralib.training.manifest import remove_checkpoint, rotate, the_same_command, write_manifest
 from loralib.training.settings import argument_settings
 
 
@@ -99,7 +98,7 @@ class Checkpoints(Guards):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             if self.args.should_save and folder.exists():  # what a killed run left
-                shutil.rmtree(folder)
+                remove_checkpoint(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -110,15 +109,11 @@ class Checkpoints(Guards):
             shutil.rmtree(folder, ignore_errors=True)
             raise RunError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {folder} "
-                f"({' '.join(str(error).split())[:200]}): {last_good(self.args.output_dir)}; make room, and the same "
-                "command goes on from it."
+                f"({' '.join(str(error).split())[:200]}): make room, and {the_same_command(self.args.output_dir)}."
             ) from error
         finally:
             self.args.save_total_limit = limit
         self._saved.append(folder)
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                output_dir=str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
-            )
+            rotate(folder, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody ends a run while the first process still writes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from loralib.errors import RunDiverged
-from loralib.training.manifest import last_good
+from loralib.training.manifest import last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,12 @@ class Guards(Trainer):
             self._watched = []
         step = int(self.accelerator.gather(first).min())
         if step < never:
+            last = last_checkpoint(self.args.output_dir)
             raise RunDiverged(
                 f"the loss or its gradient became NaN or infinite at step {step + 1} (noticed at step "
-                f"{self.state.global_step}, learning rate {self._get_learning_rate():.3g}): "
-                f"{last_good(self.args.output_dir)}; lower --learning_rate, warm up, or use bf16 or float32, not fp16."
+                f"{self.state.global_step}, learning rate {self._get_learning_rate():.3g}): start anew with "
+                "--overwrite_output_dir and a lower --learning_rate, a warm-up, or bf16 or float32 in place of fp16; "
+                f"{f'the last good checkpoint is {last}' if last else 'no checkpoint was written before'}."
             )
 
 

@@ -1,8 +1,11 @@
 """One run in an output folder at a time."""
 
+import errno
 import fcntl
 import logging
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +16,28 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 
 _held: dict[str, IO[str]] = {}  # one process may run one after the other in one folder
+
+
+def open_lock(file: Path) -> IO[str]:
+    """Open a lock file, made where it is missing, for reading and writing at its end.
+
+    Raises:
+        InputError: it is a link, which could lead to a file of somebody else, or no plain file.
+        OSError: it cannot be opened.
+    """
+    wrong = f"{file} is a link or no plain file, and a run would write to where it leads: remove it."
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        opened = os.open(file, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise InputError(wrong) from error
+        raise
+    found = os.fstat(opened)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(opened)
+        raise InputError(wrong)
+    return os.fdopen(opened, "a+", encoding="utf-8", errors="replace")
 
 
 def lock(folder: str | Path) -> None:
@@ -29,7 +54,7 @@ def lock(folder: str | Path) -> None:
         raise InputError(f"output_dir {folder} is a file: name a folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - held open while the run lasts
+        file = open_lock(folder / LOCK_FILE)
     except OSError as error:
         raise InputError(
             f"output_dir {folder} cannot be written to ({error.strerror or error}): name a folder that can."
@@ -45,9 +70,10 @@ def lock(folder: str | Path) -> None:
         ) from error
     except OSError as error:  # a file system without locks
         logger.warning("%s takes no lock (%s): see to it that no second run writes there", folder, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
+    with suppress(OSError):  # a full disk takes no note, but the lock is held
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
     _held[key] = file
 
 
@@ -55,4 +81,5 @@ def unlock(folder: str | Path) -> None:
     """Let go of a folder that `lock` reserved."""
     file = _held.pop(str(Path(folder).resolve()), None)
     if file is not None:
-        file.close()
+        with suppress(OSError):  # the note, on a full disk
+            file.close()

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or recognised as not: the list of a checkpoint's files is written last.
 
 A checkpoint folder counts once `checkpoint.json` is in it: the format's version, the step, the settings that decide the
-run's numbers, the running sums of the logs, and size and SHA-256 of every other file.
+run's numbers, the running sums of the logs, size and SHA-256 of every other file, and at its end the SHA-256 of all
+that stands before. Version 1 lacks the last.
 """
 
 import hashlib
@@ -9,36 +10,43 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loralib.adapters.writing import sync_folder, write_file
 from loralib.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+REMOVED = ".{}.removed"  # name of a checkpoint while it is deleted
+END = b',\n "own_sha256": "%s"\n}\n'  # of the file, after the digest of what stands before
+
+# By checkpoint, what `_verified` found when its files were last compared: hashing gigabytes once in a run is enough.
+_compared: dict[Path, tuple[Any, ...]] = {}
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Finish a checkpoint: list all its files and write the manifest aside, then rename it into place.
+    """Finish a checkpoint: put its files onto the disk, list them all, and write the list aside, then rename it.
 
     Args:
         folder: the checkpoint, all other files written.
         content: JSON values to keep beside the list (`step`, `settings`, `progress`).
     """
     files = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p, sync=True)}
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }
-    aside = folder / f"{MANIFEST}.tmp"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump({"version": MANIFEST_VERSION, **content, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / MANIFEST)
+    text = json.dumps({"version": MANIFEST_VERSION, **content, "files": files}, indent=1)
+    before = text.removesuffix("\n}").encode()
+    write_file(folder / MANIFEST, before + END % hashlib.sha256(before).hexdigest().encode())
+    sync_folder(folder)
+    sync_folder(folder.parent)
+    _compared[folder.resolve()] = _stats(folder, files)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -48,43 +56,100 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: the checkpoint is half-written, damaged, or of an unknown version; the message says what is wrong.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["version"], manifest["files"]
-        expected = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
-        if not (
-            isinstance(version, int) and isinstance(manifest["settings"], dict) and isinstance(manifest["step"], int)
-        ):
-            raise TypeError
-        progress = manifest["progress"]
-        if not isinstance(progress["losses"], list):
-            raise TypeError
+        raw = (folder / MANIFEST).read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"checkpoint {folder} is half-written: it lacks {MANIFEST}, which is written last.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read.") from error
-    if version > MANIFEST_VERSION:
+    except OSError as error:
         raise InputError(
-            f"checkpoint {folder} has format {version}, this code reads up to {MANIFEST_VERSION}: update it."
-        )
-    for name, (size, digest) in expected.items():
+            f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read ({error.strerror})."
+        ) from error
+    manifest = parse_manifest(folder, raw)
+    files = manifest["files"]
+    for name, file in files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} of {size} bytes"
+        if found != file["bytes"]:
+            state = "is missing" if found is None else f"has {found} of {file['bytes']} bytes"
             raise InputError(f"checkpoint {folder} is damaged: {name} {state}.")
-        if _sha256(path) != digest:
-            raise InputError(f"checkpoint {folder} is damaged: the content of {name} is not what was written.")
+    stats = _stats(folder, files)
+    if _compared.get(folder.resolve()) != stats:
+        for name, file in files.items():
+            if _sha256(folder / name) != file["sha256"]:
+                raise InputError(f"checkpoint {folder} is damaged: the content of {name} is not what was written.")
+        _compared[folder.resolve()] = stats
     return manifest
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`; every newer one that is skipped is said, with the reason."""
+def parse_manifest(folder: Path, raw: bytes) -> dict[str, Any]:
+    """The content of `checkpoint.json`, compared with its own checksum.
+
+    Args:
+        folder: of the checkpoint, for messages.
+        raw: the file as it is.
+
+    Raises:
+        InputError: it is damaged, or of an unknown version.
+    """
+    damaged = InputError(f"checkpoint {folder} is damaged: its {MANIFEST} is not what was written.")
+    end = re.search(re.escape(END).replace(b"%s", b"([0-9a-f]{64})") + rb"\Z", raw)
+    if end is not None and hashlib.sha256(raw[: end.start()]).hexdigest().encode() != end[1]:
+        raise damaged
+    try:
+        manifest = json.loads(raw)
+        version = manifest["version"]
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged from error
+    if version > MANIFEST_VERSION and (end is not None or "own_sha256" not in manifest):
+        raise InputError(
+            f"checkpoint {folder} has format {version}, this code reads up to {MANIFEST_VERSION}: update it."
+        )
+    if version < 1 or (version > 1 and end is None) or not _well_formed(manifest):
+        raise damaged
+    return manifest
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether all that resuming reads is there and of its type."""
+
+    def is_a(value: Any, *kinds: type) -> bool:
+        return type(value) in kinds
+
+    progress, files = manifest.get("progress"), manifest.get("files")
+    return (
+        is_a(manifest.get("step"), int)
+        and is_a(manifest.get("settings"), dict)
+        and isinstance(progress, dict)
+        and is_a(progress.get("losses"), list)
+        and all(is_a(loss, int, float) for loss in progress["losses"])
+        and all(is_a(progress.get(name), int, float) for name in ("total_loss", "seconds"))
+        and is_a(progress.get("logged_step"), int)
+        and is_a(progress.get("finished"), bool)
+        and is_a(progress.get("penalty_sum", 0), int, float)
+        and is_a(progress.get("penalty_steps", 0), int)
+        and isinstance(files, dict)
+        and all(
+            isinstance(file, dict) and is_a(file.get("bytes"), int) and is_a(file.get("sha256"), str)
+            for file in files.values()
+        )
+        and all(name and "\0" not in name and ".." not in Path(name).parts for name in files)
+    )
+
+
+def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of what is named as a checkpoint, lowest step first."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if match and path.is_dir():
             found.append((int(match[1]), path))
-    for _, path in sorted(found, reverse=True):
+    return sorted(found)
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint in `output_dir`. The log names every newer one that is skipped, and the reason."""
+    for _, path in reversed(checkpoints(output_dir)):
         try:
             read_manifest(path)
         except InputError as error:
@@ -94,12 +159,54 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
-def last_good(output_dir: str | Path) -> str:
-    """For a message: which checkpoint a run goes on from."""
+def the_same_command(output_dir: str | Path) -> str:
+    """For a message: what the same command does after a run that ended early."""
     last = last_checkpoint(output_dir)
-    return f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
+    if last is None:
+        return "the same command starts anew, since no checkpoint was written before"
+    return f"the same command goes on from the last good checkpoint, {last}"
 
 
-def _sha256(path: Path) -> str:
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, renamed first: what a killed process leaves of it is never taken for a checkpoint."""
+    aside = folder.with_name(REMOVED.format(folder.name))
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: str | Path) -> None:
+    """Delete what is left of checkpoints whose removal was cut short."""
+    for left in Path(output_dir).glob(REMOVED.format("checkpoint-*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def rotate(written: Path, limit: int | None, best: str | None) -> None:
+    """Delete the checkpoints of the lowest steps, so that `limit` are left (None or 0: all stay).
+
+    Args:
+        written: the checkpoint that was just written, which stays.
+        best: the one with the best metric, which stays too.
+    """
+    remove_leftovers(written.parent)
+    kept = {written.name} | ({Path(best).name} if best else set())
+    others = [path for _, path in checkpoints(written.parent) if path.name not in kept]
+    surplus = len(others) + len(kept) - max(limit, len(kept)) if limit and limit > 0 else 0
+    for path in others[:surplus]:
+        try:
+            remove_checkpoint(path)
+        except OSError as error:
+            logger.warning("the old checkpoint %s could not be removed (%s)", path, error.strerror)
+
+
+def _stats(folder: Path, files: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What changes when a listed file or the list itself changes: inode, size and time of each."""
+    found = [(folder / name).stat() for name in [MANIFEST, *files]]
+    return tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
+
+
+def _sha256(path: Path, sync: bool = False) -> str:
     with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ overrides and one callback.
 
 import logging
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from loralib.errors import InputError, RunError
-from loralib.training.manifest import last_checkpoint, read_manifest
+from loralib.training.manifest import last_checkpoint, read_manifest, remove_checkpoint, remove_leftovers
 from loralib.training.sampling import Sampling
 from loralib.training.settings import check_settings
 from loralib.training.sigterm import StopOnSigterm
@@ -83,6 +82,16 @@ class ExactResume(StopOnSigterm, Sampling):
                 self.start_over()
         return super()._inner_training_loop(*args, **kwargs)
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        names = ("logging_steps", "eval_steps", "save_steps")
+        before = {name: getattr(self.state, name) for name in names}
+        self.state.compute_steps(self.args, max_steps)  # the stock Trainer keeps those of the checkpoint
+        for name in names:
+            if self._resumed is not None and before[name] != (now := getattr(self.state, name)):
+                logger.info("%s was %s until the checkpoint and is %s from here on", name, before[name], now)
+        return found
+
     def start_over(self) -> None:
         """Go back to before the first step: parameters, random states, optimizer, and no checkpoint of the attempt.
 
@@ -110,7 +119,8 @@ class ExactResume(StopOnSigterm, Sampling):
         for piece in self.method_state.values():
             piece.restart()
         for folder in self._saved:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                remove_checkpoint(folder)
 
     def begin(self) -> None:
         """Set the running sums to 0 or to what the checkpoint holds (exact resume); called when training begins."""
@@ -118,6 +128,8 @@ class ExactResume(StopOnSigterm, Sampling):
         self._finished = self._save_due = False
         self._saved = []
         self._train_began = time.time()
+        if self.args.should_save:
+            remove_leftovers(self.args.output_dir)
         for sums in self.running_sums:
             sums.restore(self._resumed[1] if self._resumed else {})
         if self._resumed is None:

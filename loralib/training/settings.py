@@ -51,7 +51,7 @@ def argument_settings(args: Any) -> dict[str, Any]:
     return own
 
 
-def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any], what: str = "checkpoint") -> None:
     """Refuse to resume a run whose settings differ: its end would equal neither run's.
 
     Raises:
@@ -66,7 +66,7 @@ def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any
         why = " (another number of processes would deal other rows and random numbers to each)"
     more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
     raise InputError(
-        f"checkpoint {folder} belongs to a run with other settings: {'; '.join(differing[:6])}{more}{why}: go back to "
+        f"{what} {folder} belongs to a run with other settings: {'; '.join(differing[:6])}{more}{why}: go back to "
         "them, name another --output_dir, or start over with --overwrite_output_dir."
     )
 

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from loralib.errors import RunInterrupted
 from loralib.training.checkpoints import Checkpoints
-from loralib.training.manifest import last_good
+from loralib.training.manifest import the_same_command
 
 
 class StopOnSigterm(Checkpoints):
@@ -58,6 +58,6 @@ class StopOnSigterm(Checkpoints):
         if not (self._saved and self._saved[-1].name == f"checkpoint-{self.state.global_step}"):
             self._save_checkpoint(model, trial)
         raise RunInterrupted(
-            f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}; "
-            f"{last_good(self.args.output_dir)}, from which the same command goes on."
+            f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}: "
+            f"{the_same_command(self.args.output_dir)}."
         )
