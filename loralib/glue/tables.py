@@ -172,11 +172,10 @@ def _is_quoted(path: Path, content: bytes) -> bool:
         end = match.end()
     if content.find(b'"', end) >= 0:
         return False
+    if doubled or content[start : start + 1] == b'"':
+        return True
     lines = [line for line in content.splitlines() if line.strip()]
-    fits = len({line.count(b"\t") for line in lines}) == 1
-    if broken:
-        return not fits
-    if not (doubled or content[start : start + 1] == b'"'):
+    if not broken or len({line.count(b"\t") for line in lines}) == 1:
         logger.warning("%s has cells in quote marks, which stay: write it as csv if they are not part of it.", path)
         return False
     return True
