@@ -394,3 +394,55 @@ def test_flags_that_cannot_work_together(tiny_model_dir, entry_point, tmp_path) 
         with pytest.raises(InputError, match=words):
             entry_point("SoRA").main([*usual, *flags])
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_which_columns_are_guessed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = (
+        "Jane Doe,Short title,the body is longer than the title is,a",
+        "Al Roe,One title,and it tells more than it does,b",
+    )
+    file = table(tmp_path, "t.csv", "author,title,body,label", *rows)
+    assert load(train_file=file, do_train=True).task.text_columns == ("body",)
+    assert "taken from body, and not from author, title; --text_column" in caplog.text
+    for header, right in (("q,p,label", ("q", "p")), (" Text ,id,label", (" Text ",)), ("id,URL,label", ())):
+        file = table(tmp_path, "t.csv", header, "some words here,x7,a", "other words there,x8,b")
+        if right == ("q", "p"):
+            file = table(tmp_path, "t.csv", header, "some words here,more words here,a", "and more of them,or less,b")
+        if right:
+            assert load(train_file=file, do_train=True).task.text_columns == right
+        else:
+            with pytest.raises(InputError, match="no column of texts among id, URL, label: .*--text_column"):
+                load(train_file=file, do_train=True)
+    file = table(tmp_path, "t.csv", "a,b,c,label", "one two,one two,one two,x", "one two,one two,one two,y")
+    with pytest.raises(InputError, match="has texts in a, b, c: name one with --text_column"):
+        load(train_file=file, do_train=True)
+
+
+def test_a_warning_tells_labels_that_look_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for words, part in (
+        (range(30), "30 classes in 30 rows: --label_type regression"),
+        (["Good", "good", "bad"], "Good, good"),
+        (["a", "b", "None"], "None is taken for a class"),
+    ):
+        caplog.clear()
+        file = table(tmp_path, "t.csv", "text,label", *(f"a b,{word}" for word in words))
+        assert len(load(train_file=file, do_train=True).task.label_names) == len(words)
+        assert part in caplog.text
+
+
+def test_a_named_half_of_mnli_keeps_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "mnli"
+    folder.mkdir()
+    for name in ("train", "test_matched", "test_mismatched"):
+        table(folder, f"{name}.csv", "premise,hypothesis,label", f"{name},b,neutral", "c,d,entailment")
+    loaded = load(dataset_name=str(folder), test_split="test_mismatched", do_predict=True)
+    assert list(loaded.tests) == ["mnli-mm"] and loaded.tests["mnli-mm"][0]["premise"] == "test_mismatched"
+
+
+def test_a_folder_or_half_a_character_in_place_of_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        load(train_file=str(tmp_path / "t.csv"), do_train=True)
+    (tmp_path / "t.jsonl").write_text('{"text": "a b", "label": "x"}\n{"text": "c d", "label": "\\ud83d"}\n')
+    with pytest.raises(InputError, match=r"row 1 .* half of a character"):
+        load(train_file=str(tmp_path / "t.jsonl"), do_train=True)

@@ -98,12 +98,15 @@ def guess_texts(dataset: Dataset, where: str) -> tuple[str, ...]:
     if not texts:
         usual_names = "; ".join(" and ".join(usual) for usual in TEXTS)
         raise InputError(
-            f"{where}, has no column of texts among {listed(dataset.column_names) or 'none'}: name it with "
+            f"{where} has no column of texts among {listed(dataset.column_names) or 'none'}: name it with "
             f"--text_column; names that are known are {usual_names}."
         )
     if len(texts) > 2:
-        raise InputError(f"{where}, has texts in {listed(texts)}: name one with --text_column, or two with "
+        raise InputError(f"{where} has texts in {listed(texts)}: name one with --text_column, or two with "
                          "--text_column and --text_column_2.")  # fmt: skip
+    if others := [name for name in (*kinds["words"], *kinds["word"]) if name not in texts]:
+        logger.warning("%s: the text is taken from %s, and not from %s; --text_column and --text_column_2 decide "
+                       "otherwise.", where, " and ".join(texts), listed(others))  # fmt: skip
     return tuple(texts)
 
 

@@ -69,8 +69,10 @@ def read_labels(dataset: Dataset, where: str) -> Labels:
     column = utf8_column(dataset, "label", where)
     kind = column.type
     if kind == MIXED:
-        values = [list(value) if isinstance(value, dict) else value for value in unmixed(column)]
-        _refuse_values(where, values, [isinstance(value, list) for value in values], "a list or an object")
+        values = unmixed(column)
+        _refuse_values(where, values, [isinstance(value, list | dict) for value in values], "a list or an object")
+        halves = [isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value) for value in values]
+        _refuse_values(where, [ascii(value) for value in values], halves, "a text with half of a character")
         keys = [(type(value), value) for value in values]  # 1 and True are different labels
         place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         distinct, of_row = [value for _, value in place], np.array([place[key] for key in keys], dtype=np.int64)
@@ -105,7 +107,7 @@ def _refuse_values(where: str, values: Any, bad: Sequence[bool], kind: str) -> N
         value = values[row].as_py() if isinstance(values[row], pa.Scalar) else values[row]
         raise InputError(
             f"{where}: row {row} (counted from 0) has the label {str(value)[:80]}, {kind}: a label may be a text, a "
-            "whole number, a float, or true or false."
+            "whole number, a float, or true or false; several labels a row (multi-label) are not supported."
         )
 
 
@@ -185,13 +187,16 @@ def classes_of(labels: Labels, flags: TableFlags, where: str) -> tuple[str, ...]
     else:
         words = sorted(words)
     if len(words) < 2:
-        raise InputError(f"{where}, has the one label {', '.join(words) or 'hidden'}: a classification needs two or "
+        raise InputError(f"{where} has the one label {', '.join(words) or 'hidden'}: a classification needs two or "
                          "more, a regression floats (or --label_type regression).")  # fmt: skip
-    _warn_of_classes(words, where)
+    _warn_of_classes(words, len(labels.of_row), where)
     return tuple(words)
 
 
-def _warn_of_classes(names: Sequence[str], where: str) -> None:
+def _warn_of_classes(names: Sequence[str], rows: int, where: str) -> None:
+    if len(names) > 20 and 2 * len(names) > rows:
+        logger.warning("%s: %d classes in %d rows: --label_type regression makes them numbers, --label_column names "
+                       "another column.", where, len(names), rows)  # fmt: skip
     spellings: dict[str, list[str]] = {}
     for name in names:
         spellings.setdefault(name.casefold(), []).append(name)

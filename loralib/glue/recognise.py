@@ -59,7 +59,7 @@ def _fits(table: Dataset, task: Task, where: str) -> bool:
     missing = [name for name in task.text_columns if name not in table.column_names]
     if missing and len(missing) < len(task.text_columns):
         raise InputError(
-            f"{where}, is named like {task.name} and lacks its column {missing[0]} (it has "
+            f"{where} is named like {task.name} and lacks its column {missing[0]} (it has "
             f"{listed(table.column_names)}): add the column; or, for data of another task, rename the folder or name "
             "the columns with --text_column and --text_column_2."
         )
@@ -109,7 +109,7 @@ def _generic(split: str, table: Dataset, source: Source, flags: TableFlags) -> T
         way = "name the one that holds the labels with --label_column"
         if use_of(split) == "test":
             way = "give train_file, whose labels are the classes, or task_name"
-        raise InputError(f"{where}, has no column {name} among {listed(table.column_names)}: {way}.")
+        raise InputError(f"{where} has no column {name} among {listed(table.column_names)}: {way}.")
     names = classes_of(read_labels(table, where), flags, where)
     kind = "regression" if names is None else "classification"
     task = Task(kind, texts, names, _METRICS[kind])

@@ -104,7 +104,8 @@ def find(
 def _existing(use: str, file: str) -> Path:
     path = Path(os.path.expanduser(file))  # Path's own expanduser fails on the ~name of nobody
     if not os.path.isfile(path):
-        raise InputError(f"{use}_file {file!r} does not exist: give a file of {', '.join(SUFFIXES)}.")
+        what = "is a folder (see dataset_name)" if path.is_dir() else "does not exist"
+        raise InputError(f"{use}_file {file!r} {what}: give a file of {', '.join(SUFFIXES)}.")
     if not stem_and_suffix(path)[1]:
         packed = path.suffix.lower() in (".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".gz")
         way = "unpack it and give" if packed else "give"
@@ -154,7 +155,10 @@ def _by_use(
                 raise InputError(
                     f"{use}_split {chosen!r} is no split of {place}: it has {', '.join(readers) or 'none'}."
                 )
-            splits[use] = Split(chosen, f"{place}, split {chosen}", readers[chosen])
+            match = _SPLIT_NAME.fullmatch(chosen)  # MNLI's halves stay what they are
+            splits[use + (match[4].lower() if match else "")] = Split(
+                chosen, f"{place}, split {chosen}", readers[chosen]
+            )
             continue
         halves = found[use]
         if len(set(halves.values())) < len(halves) or (len(halves) > 1 and use in halves.values()):

@@ -273,7 +273,13 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     lines = _lines(content, newline=None)
     first = next((line for line in lines if line.strip()), "").strip()
     if first.startswith("["):
-        yield from _objects(path, json.loads(content.decode("utf-8-sig")))
+        try:
+            rows = json.loads(content.decode("utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path} is no list of objects in JSON ({brief(error)}): is it whole? {_ORIENT}."
+            ) from error
+        yield from _objects(path, rows)
         return
     more = any(line.strip() for line in lines)
     if not more or not _is_json(first):
