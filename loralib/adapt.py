@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from loralib.errors import InputError
+from loralib.kernels.prepare import prepare_at_once
 from loralib.layers import LoRALinear
-from loralib.together import work_together
 
 # What the six names of `lora_module` mean in each family of models: suffixes of module names, as regular expressions.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -79,8 +79,8 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
     """Replace linear layers by adapted ones and freeze the rest of the backbone (ledger L1).
 
     Afterwards the new factors and the head train, nothing else. Call it after `from_pretrained` (models are built there
-    without storage, which would lose the factors' values). Hooks on the model's children let its layers work together
-    (loralib/together.py, which can take them away).
+    without storage, which would lose the factors' values). Hooks on the model's children prepare its layers for each
+    forward all at once (loralib/kernels/prepare.py, which can take them away).
 
     Args:
         model: a transformers model with a head.
@@ -108,15 +108,16 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, adapted)
     mark_trainable(model)
-    work_together(model)
+    prepare_at_once(model)
     return names
 
 
 def mark_trainable(model: nn.Module) -> None:
-    """Only parameters named lora_* and the head train (ledger L1)."""
+    """Only the parameters of the adapter and the head train (ledger L1)."""
     prefix, _ = backbone_of(model)
+    own = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter_parameters().values()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = is_lora(name) or is_head(name, prefix)
+        parameter.requires_grad = id(parameter) in own or is_head(name, prefix)
 
 
 def is_lora(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Adapted linear layers: a frozen weight plus a trainable product of two low-rank factors.
 
-Every layer is an `nn.Linear` whose parameters keep their place and name (`weight`, `bias`); what it adds carries the
+Every layer is an `nn.Linear` whose parameters keep their place and name (`weight`, `bias`). What it adds carries the
 names of the released state dicts: `lora_A` (r, in), `lora_B` (out, r), `lora_E` (r, 1), `ranknum` (1,),
-`lora_gate` (1, r). A variant of one's own is a subclass of `LoRALinear`.
+`lora_gate` (1, r). Write a variant as a subclass of `LoRALinear`: what it trains has a name that begins with `lora_`.
 """
 
 from collections.abc import Sequence
@@ -10,117 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# MKL, which torch.mm calls for float32 on a CPU, leaves half of what AMD's processors can do; oneDNN does not.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_ONEDNN_FROM = 2**21  # multiplications; below, its call costs more than it saves
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for x (n, in), weight (out, in) and bias (out,), by the fastest kernel at hand.
-
-    oneDNN's has no derivative: where gradients are recorded it stays out, and under torch.compile, whose code generator
-    takes it for constant weights alone.
-    """
-    large = x.shape[0] * weight.numel() >= _ONEDNN_FROM and not torch.compiler.is_compiling()
-    if large and _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled():
-        bias = None if bias is None else bias.contiguous()  # its strides are not looked at
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return y
-    return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes products in on the device of `x`; None where it is off or unknown, as on meta."""
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
-
-
-class _LowRankProduct(torch.autograd.Function):
-    """y = x W^T + b + s z A^T B^T in one node, where z is x or a dropped-out copy of it.
-
-    Plain autograd would spend a scaling, an addition and a full-size temporary on each of forward and backward; here
-    the low-rank product is accumulated into the base product (`addmm` with alpha), and the same for the gradient of x.
-    Nothing is computed for an input that needs no gradient, the frozen weight above all.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (n, in)
-        z: Tensor | None,  # (n, in), None: the same as x
-        weight: Tensor,  # (out, in)
-        bias: Tensor | None,  # (out,)
-        lora_A: Tensor,  # (r, in)
-        lora_B: Tensor,  # (out, r)
-        scaling: float,
-    ) -> Tensor:  # (n, out)
-        y = product(x, weight, bias)
-        u = (x if z is None else z).mm(lora_A.t())  # (n, r)
-        y.addmm_(u, lora_B.t(), alpha=scaling)
-        ctx.save_for_backward(x, z, weight, lora_A, lora_B, u)
-        ctx.scaling = scaling
-        return y
-
-    @staticmethod
-    @once_differentiable  # what it saves of its own products would count as constants
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # g: (n, out)
-        x, z, weight, lora_A, lora_B, u = ctx.saved_tensors
-        s = ctx.scaling
-        need_x, need_z, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
-        grad_x = grad_z = grad_weight = grad_bias = grad_A = grad_B = None
-        # `addmm` with beta 0 ignores its first argument: a product and its scaling in one operation
-        if need_B:
-            grad_B = torch.addmm(lora_B, g.t(), u, beta=0, alpha=s)
-        if need_x or need_z or need_A:
-            v = g.mm(lora_B)  # (n, r)
-            if need_A:
-                grad_A = torch.addmm(lora_A, v.t(), x if z is None else z, beta=0, alpha=s)
-            if need_z:
-                grad_z = torch.addmm(z, v, lora_A, beta=0, alpha=s)
-            if need_x:
-                grad_x = product(g, weight.t())
-                if z is None:
-                    grad_x.addmm_(v, lora_A, alpha=s)
-        if need_weight:
-            grad_weight = g.t().mm(x)
-        if need_bias:
-            grad_bias = g.sum(0)
-        return grad_x, grad_z, grad_weight, grad_bias, grad_A, grad_B, None
-
-
-class ScaledRows(torch.autograd.Function):
-    """k matrices A (r, in) and then k diagonals d (r,), all of one shape -> k matrices of rows d_i A_i, (r, in).
-
-    It copies what its backward needs and saves no tensor: a layer that is computed again under gradient checkpointing
-    must save as many as before, whether or not `loralib.together` did this part for it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        k = len(tensors) // 2
-        ctx.A, ctx.d = torch.stack(tensors[:k]), torch.stack(tensors[k:]).unsqueeze(2)
-        ctx.set_materialize_grads(False)
-        rows = (ctx.A * ctx.d).unbind()
-        needed = [a or d for a, d in zip(ctx.needs_input_grad[:k], ctx.needs_input_grad[k:], strict=True)]
-        ctx.mark_non_differentiable(*(row for row, need in zip(rows, needed, strict=True) if not need))
-        return rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        there = [i for i, g in enumerate(grads) if g is not None]
-        if not there:
-            return (None,) * (2 * len(grads))
-        A, d = (ctx.A, ctx.d) if len(there) == len(grads) else (ctx.A[there], ctx.d[there])
-        g = torch.stack([g for g in grads if g is not None])
-        found: list[Tensor | None] = [None] * (2 * len(grads))
-        for i, of_A, of_d in zip(there, (g * d).unbind(), (g * A).sum(2).unbind(), strict=True):
-            found[i], found[len(grads) + i] = of_A, of_d
-        return tuple(found)
+from loralib.kernels import low_rank
 
 
 class LoRALinear(nn.Linear):
@@ -137,9 +29,9 @@ class LoRALinear(nn.Linear):
         init_std: standard deviation of the initial factors.
     """
 
-    # Name of the parameter of r numbers that stands between the factors, None where nothing does.
+    # Name of the parameter that stands between the factors, r numbers; None where nothing does.
     between: str | None = None
-    # What loralib.together prepared for one use of the layer: autocast's dtype; weight, bias, A with the diagonal, B.
+    # What loralib.kernels.prepare computed for the next use of the layer: a dtype; weight, bias, d A and B.
     prepared: tuple[torch.dtype | None, Sequence[Any]] | None = None
 
     def __init__(
@@ -161,7 +53,11 @@ class LoRALinear(nn.Linear):
         return self.lora_alpha / self.r
 
     def add_parameters(self, **like: Any) -> None:
-        """Hook of a variant: register what it trains beside A and B. `like`: device and dtype."""
+        """Hook for a variant: register what it trains beside A and B. `like`: device and dtype."""
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the adapter adds to the linear layer, by name: those whose names begin with `lora_`."""
+        return {n: p for n, p in self.named_parameters(recurse=False) if n.startswith("lora_")}
 
     def reset_lora_parameters(self) -> None:
         """Draw fresh factors (ledger L2)."""
@@ -178,25 +74,18 @@ class LoRALinear(nn.Linear):
         return self.scaling * (self.lora_B @ (self.lora_A if d is None else d.unsqueeze(1) * self.lora_A))
 
     def train(self, mode: bool = True) -> "LoRALinear":
-        self.prepared = None  # left over where a forward was interrupted
+        self.prepared = None  # a forward that was interrupted may have left it
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
-        dtype, prepared = autocast_dtype(x), None
-        if not torch.compiler.is_compiling():  # for this use alone: gradients of several are summed in full precision
-            prepared, self.prepared = self.prepared, None
-        if prepared is not None and prepared[0] == dtype:
-            weight, bias, lora_A, lora_B = prepared[1]
-        else:
-            d = self.diagonal()
-            lora_A = self.lora_A if d is None else ScaledRows.apply(self.lora_A, d)[0]
-            parts = self.weight, self.bias, lora_A, self.lora_B
-            weight, bias, lora_A, lora_B = (p if p is None or dtype is None else p.to(dtype) for p in parts)
-        x = x if dtype is None else x.to(dtype)
-        rows = x.reshape(-1, self.in_features)
-        dropped = F.dropout(rows, self.lora_dropout) if self.training and self.lora_dropout > 0 else None
-        y = _LowRankProduct.apply(rows, dropped, weight, bias, lora_A, lora_B, self.scaling)
-        return y.view(*x.shape[:-1], self.out_features)
+        """y = x W^T + b + s (z A^T d) B^T, where z is x, in training after dropout, and d is the `diagonal`."""
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return low_rank.forward(self, x)  # computes what follows in fewer operations
+        z = F.dropout(x, self.lora_dropout, self.training)
+        u = F.linear(z, self.lora_A)  # (..., r)
+        d = self.diagonal()
+        u = u if d is None else u * d
+        return F.linear(x, self.weight, self.bias) + self.scaling * F.linear(u, self.lora_B)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
@@ -205,8 +94,8 @@ class LoRALinear(nn.Linear):
 class SVDLinear(LoRALinear):
     """AdaLoRA's triplets (arXiv 2303.10512, eq. 3), the `svd` layer: y = x W^T + b + alpha / (r + 1e-5) x (E A)^T B^T.
 
-    E = 0 and A, B ~ N(0, init_std) at the start. E (r, 1) holds the singular values; the allocator zeroes some of
-    them. `ranknum` (1,) is r and stays so whatever is pruned (ledger L3).
+    E = 0 and A, B ~ N(0, init_std) at the start. E (r, 1) holds the singular values, of which the allocator zeroes
+    some. `ranknum` (1,) is r and does not change when they are pruned (ledger L3).
     """
 
     between = "lora_E"
@@ -241,3 +130,7 @@ class GatedLinear(LoRALinear):
     def reset_lora_parameters(self) -> None:
         super().reset_lora_parameters()
         nn.init.normal_(self.lora_gate)
+
+
+# What may stand between the factors in the layers of this project, by the name of the parameter, also in files.
+DIAGONALS: tuple[str, ...] = tuple(kind.between for kind in (SVDLinear, GatedLinear) if kind.between)

@@ -42,9 +42,9 @@ if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from loralib.adapt import ROLES
-from loralib.deberta import unpad, use_fast_attention
 from loralib.errors import InputError
-from loralib.layers import autocast_dtype, product
+from loralib.kernels.deberta import unpad, use_fast_attention
+from loralib.kernels.low_rank import autocast_dtype, product
 from loralib.methods import Method, adalora, lora, rm_lora, sora
 from loralib.trainer import task_loss
 

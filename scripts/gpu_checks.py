@@ -27,7 +27,7 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from transformers import TrainerCallback
 
-from loralib.together import work_alone
+from loralib.kernels.prepare import prepare_one_by_one
 
 LOW_RANK = [m for m in runs.METHODS if m != "full"]
 TRAIN = runs.rows(43)
@@ -133,7 +133,7 @@ def check_layers_together(folder: str) -> str:
     for method in LOW_RANK:
         for half in ({}, {"bf16": True}, {"fp16": True}):
             both = [make(method, folder, dropout=0.0, **half) for _ in range(2)]
-            work_alone(both[1].model)
+            prepare_one_by_one(both[1].model)
             for run in both:
                 run.train()
             worst = max(worst, *(abs(a - b) for a, b in zip(*map(losses, both), strict=True)))

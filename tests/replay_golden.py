@@ -27,8 +27,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from loralib.adapters.own import load_trained
-from loralib.deberta import use_fast_attention
 from loralib.glue.arguments import GlueTrainingArguments
+from loralib.kernels.deberta import use_fast_attention
 from loralib.masking import RandomMask
 from loralib.methods import Method, adalora, lora, rm_lora, sora
 from loralib.trainer import LoRATrainer

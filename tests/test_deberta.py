@@ -14,8 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, DebertaV2Con
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 from loralib.adapt import ROLES, adapt
-from loralib.deberta import FastSelfAttention, _band, _BandedAttention, unpad, use_fast_attention
 from loralib.errors import InputError
+from loralib.kernels.deberta import FastSelfAttention, _band, _BandedAttention, unpad, use_fast_attention
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 
 VARIANTS = {

@@ -23,8 +23,8 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, Tr
 
 import loralib.sparse
 from loralib.adapt import ROLES
-from loralib.deberta import use_fast_attention
 from loralib.errors import InputError
+from loralib.kernels.deberta import use_fast_attention
 from loralib.methods import Method, adalora, lora, rm_lora, sora
 from loralib.trainer import LoRATrainer
 

@@ -15,9 +15,9 @@ from test_backbones import CONFIGS, DECODER, SIZE
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer
 
-from loralib.deberta import unpad, use_fast_attention
 from loralib.glue.tasks import Task
 from loralib.glue.tokens import collator, pad_on_the_right, position_limit, row_length, tokenize
+from loralib.kernels.deberta import unpad, use_fast_attention
 
 FAMILIES: dict[str, Any] = {
     **CONFIGS,

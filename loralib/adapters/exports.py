@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from loralib.adapt import adapt, adapted_layers, backbone_of
 from loralib.adapters.own import load_adapter, other_backbone, read_own
-from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, DIAGONALS, Adapter, read_number
+from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_number
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
-from loralib.layers import LoRALinear
-from loralib.together import work_alone
+from loralib.kernels.prepare import prepare_one_by_one
+from loralib.layers import DIAGONALS, LoRALinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,7 +158,7 @@ def merge(model: nn.Module) -> None:
         if id(module) in plain:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, plain[id(module)])
-    work_alone(model)
+    prepare_one_by_one(model)
 
 
 def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", str, str | None]:

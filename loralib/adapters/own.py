@@ -14,7 +14,6 @@ from loralib.adapt import adapted_layers, is_lora, ranks
 from loralib.adapters.reading import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
-    DIAGONALS,
     Adapter,
     read_json,
     read_number,
@@ -23,7 +22,7 @@ from loralib.adapters.reading import (
 )
 from loralib.adapters.writing import FORMAT_VERSION, write_json, write_tensors
 from loralib.errors import InputError
-from loralib.layers import LoRALinear
+from loralib.layers import DIAGONALS, LoRALinear
 
 METHOD_STATE = "method_state.safetensors"
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from loralib.adapt import is_lora
 from loralib.errors import InputError
+from loralib.layers import DIAGONALS
 
 ADAPTER_FILE = "adapter.safetensors"
 ADAPTER_CONFIG = "adapter.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-DIAGONALS = ("lora_E", "lora_gate")  # what may stand between the factors, (r,) as a row or a column
 
 
 @dataclass(frozen=True)

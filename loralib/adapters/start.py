@@ -13,7 +13,6 @@ from loralib.adapters.peft import PEFT_CONFIG, read_peft
 from loralib.adapters.reading import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
-    DIAGONALS,
     PEFT_FILES,
     Adapter,
     read_state,
@@ -21,7 +20,7 @@ from loralib.adapters.reading import (
     split_state,
 )
 from loralib.errors import InputError
-from loralib.layers import LoRALinear
+from loralib.layers import DIAGONALS, LoRALinear
 
 
 def read_adapter(path: str | Path) -> Adapter:

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from loralib.adapters.start import load_lora
-from loralib.deberta import use_fast_attention
 from loralib.errors import InputError
 from loralib.glue.flags import LoRAArguments, ModelArguments
 from loralib.glue.machine import versions
 from loralib.glue.tasks import Task
+from loralib.kernels.deberta import use_fast_attention
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from loralib.adapt import parameters
-from loralib.deberta import unpad
 from loralib.errors import InputError, RunError
 from loralib.glue import card
 from loralib.glue.caches import use_writable_caches
@@ -45,6 +44,7 @@ from loralib.glue.tasks import Task
 from loralib.glue.tokens import check_vocabulary, collator, pad_on_the_right, row_length, tokenize
 from loralib.glue.training_flags import check_compiler
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
+from loralib.kernels.deberta import unpad
 from loralib.methods import Method
 from loralib.training.lock import unlock
 from loralib.training.manifest import the_same_command

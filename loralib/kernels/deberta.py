@@ -36,7 +36,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
 )
 
 from loralib.errors import InputError
-from loralib.layers import autocast_dtype
+from loralib.kernels.low_rank import autocast_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from transformers import BertConfig, BertForSequenceClassification, DebertaV2Con
 
 from loralib.adapt import ROLES, adapt, adapted_layers
 from loralib.adapters.exports import merge
-from loralib.deberta import use_fast_attention
+from loralib.kernels.deberta import use_fast_attention
+from loralib.kernels.prepare import prepare_at_once, prepare_one_by_one
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
-from loralib.together import work_alone, work_together
 
 KINDS = [LoRALinear, SVDLinear, GatedLinear]
 SIZES: dict[str, Any] = {
@@ -49,8 +49,10 @@ def deberta(kind: type[LoRALinear], stock: bool = False, **settings: Any) -> Any
 def without(model: Any) -> Any:
     """A copy whose layers are left alone."""
     model = copy.deepcopy(model)
-    work_alone(model)
-    assert not any(h.__module__ == "loralib.together" for m in model.modules() for h in m._forward_pre_hooks.values())
+    prepare_one_by_one(model)
+    assert not any(
+        h.__module__ == "loralib.kernels.prepare" for m in model.modules() for h in m._forward_pre_hooks.values()
+    )
     return model
 
 
@@ -329,7 +331,7 @@ def test_nothing_is_left_of_a_forward(error: type[BaseException]) -> None:
         for _ in range(2):
             torch.manual_seed(1)
             outputs.append(model(**BATCH).logits)
-            work_alone(model)
+            prepare_one_by_one(model)
     assert torch.equal(*outputs)
 
 
@@ -363,7 +365,7 @@ def test_hooks_neither_pile_up_nor_stay() -> None:
     model = DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES))
     for _ in range(2):
         adapt(model, LoRALinear, list(ROLES), r=3, lora_alpha=6)
-        work_together(model)
+        prepare_at_once(model)
         assert len(model.deberta._forward_pre_hooks) == len(model.deberta._forward_hooks) == 1
         merge(model)
         assert not model.deberta._forward_pre_hooks and not model.deberta._forward_hooks
