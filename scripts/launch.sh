@@ -3,7 +3,8 @@
 #   bash scripts/TASK.sh METHOD [FLAGS...]
 #
 # METHOD: lora, lora-orth, adalora, sora, rm-lora-v1, rm-lora-v2, full; `all` runs these one after the other; or the path
-# of an entry point of your own, which gets the data, seed, batch and folder below and FLAGS, nothing else.
+# of an entry point of your own, which gets the data, seed, batch and folder below and FLAGS, nothing else. With
+# `--like METHOD` first among FLAGS it also gets the settings of that method, but for the --lora_type that names it.
 # FLAGS override what the script says. From the environment:
 #   MODEL   folder or hub name of the model (default microsoft/deberta-v3-base)
 #   DATA    folder with the task's data, or with a folder a task; without it the data come from the hub
@@ -30,19 +31,32 @@ common=(--do_train --do_eval --eval_strategy epoch --logging_steps 50 --report_t
     --save_strategy steps --save_steps 500 --save_total_limit 2
     --lora_module "query,key,value,intermediate,layer.output,attention.output") # AdaLoRA section 4: all of a layer
 
-# value_of NAME DEFAULT FLAGS...: what the last --NAME among FLAGS says (True for a bare one), else DEFAULT.
+# value_of NAME DEFAULT FLAGS...: what the last --NAME among FLAGS says (True for a bare one), else DEFAULT. As for the
+# entry points, dashes are underscores and a name may be cut short; what is too short to be clear, they refuse.
 value_of() {
-    local name="--$1" value="$2"
+    local name="$1" value="$2" word
     shift 2
     while (($#)); do
-        case "$1" in
-        "$name"=*) value="${1#*=}" ;;
-        "$name") if [[ $# -gt 1 && "$2" != --* ]]; then value="$2"; else value=True; fi ;;
-        esac
+        word="${1%%=*}"
+        word="${word#--}"
+        word="${word//-/_}"
+        if [[ "$1" == --* && ${#word} -ge 2 && "$name" == "$word"* ]]; then
+            if [[ "$1" == *=* ]]; then
+                value="${1#*=}"
+            elif [[ $# -gt 1 && "$2" != --* ]]; then
+                value="$2"
+            else
+                value=True
+            fi
+        fi
         shift
     done
     echo "$value"
 }
+
+# is_on VALUE: whether the value of a switch means yes, as the entry points read it.
+is_on() {
+    [[ "$1" =~ ^([Tt][Rr][Uu][Ee]|[Tt]|[Yy][Ee][Ss]|[Yy]|[Oo][Nn]|1)$ ]]
 
 # shown WORDS...: the words as one could type them, access tokens hidden as loralib/secrets.py does.
 shown() {
@@ -68,7 +82,7 @@ shown() {
 # Number of visible GPUs; 0 with --use_cpu among the flags.
 gpus() {
     local -a ids=()
-    if [[ "$(value_of use_cpu "$(value_of no_cuda False "$@")" "$@")" == [Tt]rue ]]; then
+    if is_on "$(value_of use_cpu "$(value_of no_cuda False "$@")" "$@")"; then
         :
     elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
         IFS=, read -ra ids <<<"$CUDA_VISIBLE_DEVICES"
@@ -86,15 +100,34 @@ finished() {
 
 run() { # METHOD FLAGS...
     local method="$1" label="$1" visible share nodes="${NNODES:-1}" count accumulate output overwrite per_device
-    local entry batch=32
-    local -a flags=() own=() launcher=()
+    local entry batch=32 like="" word
+    local -a flags=() own=() launcher=() kept=()
     shift
     if [[ -f "$here/$method" || ("$method" == /* && -f "$method") ]]; then # an entry point of one's own
         entry="$method"
         [[ "$method" == /* ]] || entry="$here/$method"
         label="$(basename "$method" .py)"
         [[ "$label" != run_glue ]] || label="$(basename "$(dirname "$entry")")"
-        common=(--do_train --do_eval)
+        if [[ "${1:-}" == --like ]]; then
+            like="${2:-}"
+            [[ " ${methods[*]} " == *" $like "* ]] || die "--like '$like' is no method: use one of ${methods[*]}."
+            shift 2
+            settings "$like"
+            entry="$method"
+            [[ "$method" == /* ]] || entry="$here/$method"
+            for word in "${flags[@]}"; do
+                if [[ "$word" == --lora_type ]]; then
+                    like=drop
+                elif [[ "$like" == drop ]]; then
+                    like=kept
+                else
+                    kept+=("$word")
+                fi
+            done
+            flags=("${kept[@]}")
+        else
+            common=(--do_train --do_eval)
+        fi
     else
         [[ " ${methods[*]} " == *" $method "* ]] ||
             die "'$method' is not a method of scripts/$task.sh: use one of ${methods[*]}, all, or the path of an entry point."
@@ -137,7 +170,7 @@ run() { # METHOD FLAGS...
     fi
 
     # Else the entry point decides whether it goes on, starts anew or refuses the folder.
-    if [[ "$overwrite" != [Tt]rue ]] && finished "$output"; then
+    if ! is_on "$overwrite" && finished "$output"; then
         echo "$output holds a finished run: nothing to do, whatever the flags (--overwrite_output_dir runs it anew)."
         return
     fi

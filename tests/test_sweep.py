@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,20 +17,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from loralib.errors import InputError
+from loralib.sweep import asking, command, guard, plan, records, settings
+from loralib.sweep.cluster import Cluster, resources
+from loralib.sweep.running import Progress
+
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "scripts" / "sweep.py"
-
-
-def load() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("sweep", SWEEP)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sweep = load()
 
 # Stands for an entry point: writes the results file in no time. Seed 3 never succeeds; seed 2 only after a failure.
 ENTRY = """
@@ -49,7 +44,7 @@ with open(os.path.join(out, "run.json"), "w") as file:
 
 
 def jobs(*argv: str) -> list[Any]:
-    return sweep.plan(*sweep.make_parser().parse_known_args(list(argv)))
+    return plan.plan(*command.make_parser().parse_known_args(list(argv)))
 
 
 def wait_for(condition: Any, seconds: float) -> Any:
@@ -102,7 +97,7 @@ def test_layout_and_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_refusals(changes: dict[str, str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {"--tasks": "mrpc", "--methods": "lora", "--seeds": "1"} | changes
-    assert sweep.main([word for pair in flags.items() for word in pair]) == 2
+    assert command.main([word for pair in flags.items() for word in pair]) == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.splitlines()) == 1
 
@@ -113,38 +108,177 @@ def test_without_ray_it_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "ray", None)
     for name in (signal.SIGINT, signal.SIGTERM):
         monkeypatch.setattr(signal, "signal", lambda *_, name=name: None)
-    assert sweep.main(["--tasks", "mrpc", "--methods", "lora", "--seeds", "1", "--output", str(tmp_path)]) == 2
+    assert command.main(["--tasks", "mrpc", "--methods", "lora", "--seeds", "1", "--output", str(tmp_path)]) == 2
     assert "Ray, which is not installed: pip install -e" in capsys.readouterr().err
 
 
 def test_address_where_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
-        with pytest.raises(sweep.InputError, match=f"nothing answers at --address {address}"):
-            sweep.start_ray(address)
+        with pytest.raises(InputError, match=f"nothing answers at --address {address}"):
+            Cluster(address).start()
 
 
-def test_finished_runs_are_known_by_their_results(tmp_path: Path) -> None:
-    job = jobs("--tasks", "mrpc", "--methods", "lora", "--seeds", "1", "--output", str(tmp_path), "--lora_r", "8",
-               "--learning_rate=1e-3", "--bf16")[0]  # fmt: skip
-    assert sweep.result(job) is None and not sweep.finished(job)
-    job.folder.mkdir(parents=True)
-    good = {"status": "finished", "arguments": {"lora_r": 8, "learning_rate": 0.001, "bf16": True}}
-    text = json.dumps(good)
-    (job.folder / "run.json").write_text(text[:-5])
-    assert sweep.result(job) == {} and not sweep.finished(job)
-    (job.folder / "run.json").write_text(text.replace("finished", "diverged"))
-    assert not sweep.finished(job)
-    (job.folder / "run.json").write_text(text)
-    assert sweep.finished(job)
-    sweep.check_settings(job)
-    (job.folder / "run.json").write_text(text.replace("0.001", "0.002"))
-    with pytest.raises(sweep.InputError, match="finished run with learning_rate 0.002, and 1e-3 is asked for now"):
-        sweep.check_settings(job)
+@pytest.fixture
+def parsed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are parsed in this process, which has the libraries already."""
+    monkeypatch.setattr(asking, "_parse_all", lambda commands: {
+        key: json.loads(json.dumps(asking.parsed(*json.loads(key)), default=str)) for key in map(asking._key, commands)
+    })  # fmt: skip
+
+
+def trained(cell: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run of a cell's own command, by the entry point that its script names."""
+    from runs import entry_module
+
+    environment = os.environ | {"DRY_RUN": "1", "PYTHON": "python", "CUDA_VISIBLE_DEVICES": "", "NPROC": "1",
+                                "MODEL": str(model), "DATA": str(data)}  # fmt: skip
+    done = subprocess.run(cell.command, env=environment, capture_output=True, text=True, check=True)
+    _, entry, *argv = shlex.split(done.stdout)
+    monkeypatch.setattr(sys, "argv", [entry, *argv, "--use_cpu"])
+    entry_module(Path(entry).parent.name).main()
+    return json.loads((cell.folder / "run.json").read_text())
+
+
+@pytest.mark.usefixtures("parsed_here")
+def test_finished_runs_are_known_by_the_values_of_their_flags(
+    tmp_path: Path, tiny_model_dir: Path, mrpc_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real run's record: flags that decide no number may change, in every spelling those that do may not."""
+    monkeypatch.setenv("MODEL", str(tiny_model_dir))
+    monkeypatch.setenv("DATA", str(mrpc_dir))
+    usual = ["--tasks", "mrpc", "--methods", "lora", "--seeds", "1", "--output", str(tmp_path), "--max_steps", "2",
+             "--max_seq_length", "32", "--report_to", "none", "--lora_r", "4"]  # fmt: skip
+    (cell,) = jobs(*usual)
+    record = trained(cell, tiny_model_dir, mrpc_dir, monkeypatch)
+    assert records.finished(cell)
+
+    def found(*flags: str, of: dict[str, Any] = record) -> list[str]:
+        (job,) = jobs(*usual, *flags)
+        return settings.differences(of, asking.ask([job])[job])
+
+    same = (["--report_to", "all"], ["--learning-rate=1e-3"], ["--learning_r", "0.001"], ["--save_steps", "7"],
+            ["--warmup-ratio", "0.10"], ["--num_train_epochs", "9"], ["--gradient_accumulation_steps", "2"],
+            ["--lora-r", "4"], ["--eval_strategy", "epoch"], ["--hub_token", "x"], ["--disable_tqdm"])  # fmt: skip
+    for flags in same:
+        assert found(*flags) == [], flags
+    other = {
+        "learning_rate 0.001 (0.0005": (
+            ["--learning-rate", "5e-4"],
+            ["--learning_rate=5e-4"],
+            ["--learning_r", "5e-4"],
+        ),
+        "lora_r 4 (8": (["--lora-r", "8"], ["--lora_r=8"]),
+        "max_steps 2 (3": (["--max-steps", "3"], ["--max_st", "3"]),
+        "effective batch 32 (64": (["--per_device_train_batch_size", "64"], ["--per-device-train-batch-size=64"]),
+        "bf16 False (True": (["--bf16"],),
+        "heldout_split None (0": (["--heldout-split", "0"],),
+    }
+    for words, spellings in other.items():
+        for flags in spellings:
+            assert [text.startswith(words) for text in found(*flags)] == [True], (flags, found(*flags))
+    assert found(of=records.compact(record)) == []  # the compact record is as good
+    assert "seed 1 (2" in found("--seeds", "2")[0]
+    (wrong,) = jobs(*usual, "--lora_alpha", "5")
+    with pytest.raises(InputError, match=r"holds a run that is done with lora_alpha 32.0 \\(5.0 is asked for\\)"):
+        records.check_settings(wrong, asking.ask([wrong])[wrong])
+
+    # a results file and another sweep's folder are as good as the run's own folder
+    file = tmp_path / "results.jsonl"
+    elsewhere = [*usual, "--output", str(tmp_path / "new"), "--results", str(file)]
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+    assert command.main([*elsewhere, "--adopt", str(tmp_path)]) == 0
+    assert "all 1 runs are finished." in said and not (tmp_path / "new").exists()
+    (line,) = file.read_text().splitlines()
+    kept = json.loads(line)
+    assert kept["metrics"] == record["metrics"] and str(tmp_path) not in line and kept["hardware"]
+    shutil.rmtree(cell.folder)
+    assert command.main(elsewhere) == 0 and file.read_text().splitlines() == [line]
+    said.clear()
+    assert command.main([*elsewhere, "--learning_rate", "2e-3", "--dry_run"]) == 0
+    assert not said[0].startswith("# finished")
+
+
+@pytest.mark.usefixtures("parsed_here")
+def test_mistakes_are_refused_before_anything_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    usual = ["--tasks", "cola,rte", "--methods", "lora,sora", "--seeds", "1", "--output", str(tmp_path / "out")]
+    for flags, sentence in (
+        (["--lerning_rate", "1"], "cola, lora: --lerning_rate is not a flag of this program: did you mean --learning"),
+        (["--only", "sora:--sparse_lr x"], "cola, sora: Argument --sparse_lr/--sparse-lr: invalid float value: 'x'"),
+        (["--only", "rte/sora:--lora_r 0"], "rte, sora: lora_r is 0, it must be 1 or more"),
+        (["--grid", "lora_r=4,no"], "cola, lora: Argument --lora_r/--lora-r: invalid int value: 'no'"),
+        (["--only", "cola/sora:--lambda_num 4"], "cola, sora: "),
+        (["--only", "mrpc/sora:--lambda_num 4"], "write METHOD:FLAGS or TASK/METHOD:FLAGS"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0, it must be 1 or more"),
+        (
+            ["--gradient_accumulation_steps", "5"],
+            "cola, lora: the batch of 32 that cola's lora is trained with does not",
+        ),
+        (["--output-dir", "x"], "--output_dir is set by the sweep"),
+        (["--see", "3"], "--seed is set by the sweep"),
+    ):
+        assert command.main([*usual, *flags]) == 2, flags
+        error = capsys.readouterr().err
+        assert sentence in error and len(error.splitlines()) == 1, error
+    assert not (tmp_path / "out").exists()
+    assert command.main([*usual, "--only", "rte/sora:--lambda_num 4", "--dry_run"]) == 0
+
+
+def test_commands_are_parsed_in_a_process_of_their_own(tmp_path: Path) -> None:
+    """Entry points of a user's with helpers of one name, and one that can't be asked."""
+    main = "from loralib.glue import arguments\nfrom helper import Flags\n\n\ndef main(argv=None):\n" \
+        "    arguments.parse((Flags, arguments.GlueTrainingArguments), argv)\n    raise SystemExit('trained')\n" \
+        "\n\nif __name__ == '__main__':\n    main()\n"  # fmt: skip
+    for name, default in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(main)
+        (tmp_path / name / "helper.py").write_text(
+            "from dataclasses import dataclass\n\n\n@dataclass\nclass Flags:\n"
+            f"    own: int = {default}\n    model_name_or_path: str = ''\n    task_name: str = ''\n"
+        )
+    (tmp_path / "plain.py").write_text(ENTRY)
+    arms = f"x={tmp_path}/a/mine.py,y={tmp_path}/b/mine.py:--own 5,z={tmp_path}/b/mine.py,{tmp_path}/plain.py"
+    cells = jobs("--tasks", "rte", "--methods", arms, "--seeds", "1", "--output", str(tmp_path))
+    asked = asking.ask(cells)
+    assert [(asked[c].arguments or {}).get("own") for c in cells] == [1, 5, 2, None]
+    assert [c.folder.parent.name for c in cells] == ["x", "y", "z", "plain"]
+    assert asked[cells[0]].entry == "a/mine.py" and asked[cells[0]].method is None
+
+
+def test_a_results_file_survives_a_kill_and_names_a_bad_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    run = {"version": 1, "status": "finished", "method": "lora", "task": "rte", "seed": 1, "metrics": {"a": 1.0},
+           "arguments": {"seed": 1, "output_dir": "/home/x", "hub_token": "secret", "dataset_name": "/home/glue"},
+           "command": ["/home/AdaLoRA/run_glue.py"], "history": [{"loss": 1}, {"eval_loss": 2, "step": 3}]}  # fmt: skip
+    records.ResultsFile(file).add(run)
+    whole = file.read_text()
+    assert "/home" not in whole and "secret" not in whole and json.loads(whole)["history"] == [run["history"][1]]
+    file.write_text(whole + whole[:50])  # a kill while a line was written
+    again = records.ResultsFile(file)
+    assert len(again.records) == 1
+    again.add(run)
+    assert file.read_text() == whole * 2
+    file.write_text("no\n" + whole)
+    with pytest.raises(InputError, match="line 1 is no record of a run"):
+        records.ResultsFile(file)
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    """A lock that is a link: the run is refused and the link's target stays as it is."""
+    target = tmp_path / "precious"
+    target.write_text("data")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / guard.LOCK_FILE).symlink_to(target)
+    own = [sys.executable, str(SWEEP), "--guard", str(os.getpid()), str(tmp_path / "run"), "true"]
+    done = subprocess.run(own, capture_output=True, text=True)
+    assert done.returncode == 2 and "is a link or no plain file" in done.stderr and "Traceback" not in done.stderr
+    guard.wait_until_free(tmp_path / "run")
+    assert target.read_text() == "data"
 
 
 def test_progress_counts_and_estimates() -> None:
-    progress = sweep.Progress(total=10, skipped=2, slots=2)
+    progress = Progress(total=10, skipped=2, slots=2)
     progress.running = 2
     assert progress.line() == "2 of 10 done, 2 running, 0 failed, 6 left"
     progress.done, progress.failed, progress.seconds = 3, 1, [600.0]
@@ -166,18 +300,18 @@ class FakeRay:
 
 def test_resources_of_a_run_and_runs_at_a_time() -> None:
     two = FakeRay({"CPU": 16.0, "GPU": 4.0}, {"CPU": 6.0, "GPU": 1.0})
-    assert sweep.resources(two, None, None) == (1, 4, 5)
-    assert sweep.resources(two, 0.5, 1) == (0.5, 1, 10)
-    assert sweep.resources(two, 2, 8) == (2, 8, 2)  # the second machine is too small
-    assert sweep.resources(FakeRay({"CPU": 2.0}), None, None) == (0, 2, 1)
+    assert resources(two, None, None) == (1, 4, 5)
+    assert resources(two, 0.5, 1) == (0.5, 1, 10)
+    assert resources(two, 2, 8) == (2, 8, 2)  # the second machine is too small
+    assert resources(FakeRay({"CPU": 2.0}), None, None) == (0, 2, 1)
     for gpus, cpus, sentence in (
         (1, None, "gpus_per_run is 1 and the largest machine has 0 GPUs: give --gpus_per_run 0 to run on CPUs"),
         (1.5, None, "gpus_per_run is 1.5, it must be a whole number, or a share below 1"),
         (0, 3, "cpus_per_run is 3 and the largest machine has 2 CPUs: lower --cpus_per_run"),
         (0, 0, "cpus_per_run is 0, it must be above 0"),
     ):
-        with pytest.raises(sweep.InputError) as error:
-            sweep.resources(FakeRay({"CPU": 2.0}), gpus, cpus)
+        with pytest.raises(InputError) as error:
+            resources(FakeRay({"CPU": 2.0}), gpus, cpus)
         assert sentence in str(error.value)
 
 
@@ -191,9 +325,9 @@ def start_family(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
     )
     command = [str(SWEEP), "--guard", str(folder), "bash", "-c", "setsid sleep 100 & sleep 100 & wait"]
     worker = subprocess.Popen([sys.executable, "-c", code, *command], start_new_session=True)
-    assert wait_for(lambda: len(sweep.descendants(worker.pid)) >= 5, 20)
+    assert wait_for(lambda: len(guard.descendants(worker.pid)) >= 5, 20)
     time.sleep(0.3)  # children of the run have become what they are
-    return worker, sweep.descendants(worker.pid)
+    return worker, guard.descendants(worker.pid)
 
 
 @pytest.mark.parametrize("victims", ["worker", "first", "worker and first", "second"])
@@ -211,13 +345,13 @@ def test_killing_a_process_above_ends_all_of_the_run(victims: str, tmp_path: Pat
 def test_second_attempt_waits_for_the_first(tmp_path: Path) -> None:
     worker, family = start_family(tmp_path)
     try:
-        with open(tmp_path / sweep.LOCK_FILE) as lock, pytest.raises(SystemExit, match="another process trains in"):
-            sweep.wait_for_lock(lock, 0.3, tmp_path)
+        with open(tmp_path / guard.LOCK_FILE) as lock, pytest.raises(SystemExit, match="another process trains in"):
+            guard.wait_for_lock(lock, 0.3, tmp_path)
     finally:
         worker.kill()
         worker.wait()
-    with open(tmp_path / sweep.LOCK_FILE) as lock:
-        sweep.wait_for_lock(lock, 20, tmp_path)
+    with open(tmp_path / guard.LOCK_FILE) as lock:
+        guard.wait_for_lock(lock, 20, tmp_path)
     assert not any(map(alive, family))
 
 
@@ -242,7 +376,7 @@ def test_sweep_on_ray(tmp_path: Path) -> None:
     (half / "run.json").write_text('{\n  "status": "fini')
     done = run_sweep(*argv)
     assert done.returncode == 1, done.stderr
-    assert f"{half / 'run.json'} is cut short: that run is done again." in done.stdout
+    assert f"{half / 'run.json'} is cut short or not a results file: that run is done again." in done.stdout
     assert "2 of 3 done, 0 running, 1 failed, 0 left" in done.stdout
     assert "failed: rte/mine/seed3: seed 3 fails" in done.stdout
     attempts = [(out / "rte" / "mine" / f"seed{s}" / "run.log").read_text().count("== bash") for s in (1, 2, 3)]
@@ -257,7 +391,7 @@ def test_sweep_on_ray(tmp_path: Path) -> None:
     assert (half / "run.json").stat().st_mtime_ns == before  # finished runs are left alone
     assert "all 3 runs are finished" in run_sweep(*argv).stdout
     wrong = run_sweep(*argv, "--lora_r", "5")
-    assert wrong.returncode == 2 and "finished run with lora_r 4, and 5 is asked for now" in wrong.stderr
+    assert wrong.returncode == 2 and "done with lora_r 4 (5 is asked for)" in wrong.stderr
 
 
 @pytest.mark.slow
@@ -280,9 +414,9 @@ def test_killed_worker_loses_nothing(tmp_path: Path) -> None:
     assert wait_for(lambda: (folder / "checkpoint-10" / "checkpoint.json").exists(), 120)
     guards = {int(p.parent.name) for p in Path("/proc").glob("*/cmdline") if _is_guard(p, folder)}
     (worker,) = {parent(pid) for pid in guards} - guards
-    family = sweep.descendants(worker)
+    family = guard.descendants(worker)
     os.kill(worker, signal.SIGKILL)
-    assert wait_for(lambda: not any(map(alive, family)), sweep.GRACE + 10)
+    assert wait_for(lambda: not any(map(alive, family)), guard.GRACE + 10)
     assert "lost its worker" in process.communicate(timeout=300)[0] and process.returncode == 0
     assert "going on from" in (folder / "run.log").read_text()
     found = load_file(folder / "adapter.safetensors")

@@ -1,0 +1,187 @@
+"""What the command of each run means: printed by its script, then parsed by its entry point, without data or model.
+
+python -m loralib.sweep.asking < questions.json     (a process of its own: the sweep itself imports no torch)
+"""
+
+import ast
+import importlib.util
+import inspect
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from loralib.errors import InputError
+from loralib.sweep.plan import ROOT, Job
+from loralib.sweep.settings import Asked, short_path, typed_flags
+
+RECORDED = {"lora-orth": "lora"}  # what run.json calls a method of the scripts, where it is another name
+
+
+def ask(jobs: Sequence[Job], processes: int = 1) -> dict[Job, Asked]:
+    """What each run's flags mean, every distinct command asked once.
+
+    Args:
+        processes: of one run; they share its batch.
+
+    Raises:
+        InputError: a flag or value that a script or an entry point refuses, with the run that it is of.
+    """
+    kinds = {(job.task, job.arm, job.flags): job for job in jobs}
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        printed = dict(zip(kinds, pool.map(lambda job: _dry_run(job, processes), kinds.values()), strict=True))
+    parsed = _parse_all([command for command in printed.values() if _can_be_asked(command[0])])
+    for kind, answer in ((kind, parsed.get(_key(command))) for kind, command in printed.items()):
+        if answer is not None and "error" in answer:
+            raise InputError(f"{kind[0]}, {kind[1].name}: {answer['error']}")
+    return {job: _asked(job, printed[kind], parsed.get(_key(printed[kind]))) for job, kind in _kinds_of(jobs)}
+
+
+def _kinds_of(jobs: Sequence[Job]) -> Iterator[tuple[Job, Any]]:
+    return ((job, (job.task, job.arm, job.flags)) for job in jobs)
+
+
+def _key(command: tuple[str, list[str], int]) -> str:
+    return json.dumps(command[:2])
+
+
+def _dry_run(job: Job, processes: int) -> tuple[str, list[str], int]:
+    """(entry point, its flags, processes) of a run, as the task's script prints them."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OUTPUT", "SEED")}
+    environment |= {"DRY_RUN": "1", "PYTHON": "python", "CUDA_VISIBLE_DEVICES": ""}
+    environment.setdefault("NPROC", str(processes))
+    with tempfile.TemporaryDirectory() as nowhere:  # what stands in the run's own folder is not asked here
+        command = replace(job, folder=Path(nowhere) / "run").command
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"its script ended with status {done.returncode}"]
+        raise InputError(f"{job.task}, {job.arm.name}: {last[0].removeprefix('error: ')}")
+    words = shlex.split(done.stdout.strip().splitlines()[-1])
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    count = int(words[words.index("--nproc_per_node") + 1]) if "--nproc_per_node" in words[:at] else 1
+    argv = words[at + 1 :]
+    return words[at], [*argv[:-4], "--seed", "0", "--output_dir", "run"], count
+
+
+def _can_be_asked(entry: str) -> bool:
+    """Whether a file is an entry point as docs/variant.md shows one: importing it runs nothing, its main parses."""
+    try:
+        tree = ast.parse(Path(entry).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return False
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    has_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+    return has_main and {"parse", "__name__"} <= names
+
+
+def _asked(job: Job, command: tuple[str, list[str], int], answer: Mapping[str, Any] | None) -> Asked:
+    entry, argv, processes = command
+    method = None if job.arm.own else RECORDED.get(job.arm.method, job.arm.method)
+    arguments = None if answer is None else answer["arguments"]
+    batch = None
+    data: tuple[str, ...] = ()
+    if arguments is not None:
+        batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * processes
+        name = arguments.get("dataset_name")
+        if name is not None:  # the task's folder, or the one that holds a folder for each task
+            data = (Path(name).name, *([job.task] if (Path(name) / job.task).is_dir() else []))
+    at_default = frozenset(() if answer is None else answer["at_default"])
+    given = typed_flags(job.flags)
+    return Asked(job.task, job.seed, method, short_path(entry), arguments, given, at_default, batch, data)
+
+
+# ---- the process that parses ----
+
+
+def _parse_all(commands: Sequence[tuple[str, list[str], int]]) -> dict[str, dict[str, Any]]:
+    questions = sorted({_key(command) for command in commands})
+    if not questions:
+        return {}
+    here = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "loralib.sweep.asking"], input="\n".join(questions), capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": here, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+    )  # fmt: skip
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        raise InputError(f"the flags of the runs could not be parsed: {last[0]}")
+    return dict(zip(questions, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+class _Parsed(BaseException):
+    """Carries what an entry point's main has parsed out of it, before it does anything."""
+
+    def __init__(self, parts: tuple[Any, ...]) -> None:
+        self.parts = parts
+
+
+@contextmanager
+def _parse_alone() -> Iterator[None]:
+    """While it lasts, `parse` ends the main that calls it."""
+    from loralib.glue import arguments, parsing
+
+    parse = parsing.parse
+    places: tuple[Any, ...] = (parsing, arguments)
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _Parsed(parse(*args, **kwargs))
+
+    for module in places:
+        module.parse = stop
+    try:
+        yield
+    finally:
+        for module in places:
+            module.parse = parse
+
+
+def parsed(entry: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The flags of an entry point as run.json would record them, or {"error": the sentence that refuses them}."""
+    from loralib.glue.record import flags_of
+
+    known, path, words = set(sys.modules), list(sys.path), sys.argv
+    sys.path.insert(0, str(Path(entry).parent))
+    sys.argv = [entry, *argv, "--use_cpu"]  # a machine that only plans needs no GPU
+    try:
+        with _parse_alone():
+            spec = importlib.util.spec_from_file_location("entry_point", entry)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules["entry_point"] = module
+            spec.loader.exec_module(module)
+            module.main(*([sys.argv[1:]] if inspect.signature(module.main).parameters else []))
+    except _Parsed as found:
+        values = {k: v for part in found.parts for k, v in flags_of(part).items()}
+        at_default = [f.name for part in found.parts for f in fields(part) if getattr(part, f.name) == f.default]
+        return {"arguments": values, "at_default": at_default}
+    except InputError as error:
+        return {"error": str(error)}
+    except (Exception, SystemExit) as error:
+        return {"error": f"{Path(entry).name} could not be asked for its flags ({type(error).__name__}: {error})."}
+    finally:
+        sys.path[:], sys.argv = path, words
+        for name in set(sys.modules) - known:  # helpers beside one entry point are not those beside the next
+            file = getattr(sys.modules[name], "__file__", None)
+            if name == "entry_point" or (file and Path(file).parent == Path(entry).parent):
+                del sys.modules[name]
+    return {"error": f"main of {entry} parsed nothing: see docs/variant.md."}
+
+
+def main() -> None:
+    """Answers questions of standard input, one a line, in the same order."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever is printed on the way is no answer
+    for line in sys.stdin:
+        print(json.dumps(parsed(*json.loads(line)), default=str), file=answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The command of a sweep: its own flags, and the steps from them to the last run."""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from loralib.errors import InputError, RunError
+from loralib.secrets import hide, remember_command
+from loralib.sweep.asking import ask
+from loralib.sweep.guard import guard, interrupt
+from loralib.sweep.plan import METHODS, ROOT, Job, plan, split_arms
+from loralib.sweep.records import Done, ResultsFile, closest, runs_below
+from loralib.sweep.running import sweep
+from loralib.sweep.settings import Asked
+
+
+def numbers(text: str) -> list[int]:
+    """Seeds: 1,2,5 or 1-5."""
+    try:
+        parts = [part.split("-") for part in text.split(",")]
+        return [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no seeds: write 1,2,3 or 1-5") from error
+
+
+def names(text: str) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def make_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The sweep's own flags."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--tasks", type=names, required=True, help="tasks, separated by commas")
+    parser.add_argument("--methods", type=split_arms, required=True,
+                        help=f"{', '.join(METHODS)}, paths of entry points, or NAME=METHOD:FLAGS")  # fmt: skip
+    parser.add_argument("--seeds", type=numbers, required=True, help="1,2,3 or 1-5")
+    parser.add_argument("--grid", action="append", default=[], help="NAME=VALUE,VALUE; may be given several times")
+    parser.add_argument("--only", action="append", default=[],
+                        help="METHOD:FLAGS or TASK/METHOD:FLAGS; may be given several times")  # fmt: skip
+    parser.add_argument("--like", help="entry points of yours get the task's settings of this method")
+    parser.add_argument("--output", default=os.environ.get("OUTPUT", str(ROOT / "output")), help="base folder")
+    parser.add_argument("--results", type=Path, help="compact results file: runs in it are done, new ones are added")
+    parser.add_argument("--adopt", type=Path, action="append", default=[],
+                        help="folder whose finished runs count where their settings are those asked for")  # fmt: skip
+    parser.add_argument("--address", help="a running Ray cluster, which must see the same clone and output folder")
+    parser.add_argument("--wait_for_cluster", type=float, default=10.0, metavar="MINUTES",
+                        help="how long a cluster that vanished is looked for (default 10)")  # fmt: skip
+    parser.add_argument("--gpus_per_run", type=float, help="GPUs of a run, shares allowed (default 1 if there are any)")
+    parser.add_argument("--cpus_per_run", type=float, help="CPU cores of a run (default up to 4)")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands")
+    return parser
+
+
+def listed(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done) -> Iterator[str]:
+    """The commands, with a word on runs that would be skipped."""
+    for job in jobs:
+        yield f"{'# finished: ' if done.look(job, asked[job]) else ''}{shlex.join(hide(job.command))}"
+
+
+def say_near_misses(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done) -> None:
+    """Name what keeps a run of another folder or of the results file from being taken for one of this sweep."""
+    others = [*done.others, *(done.results.records if done.results else [])]
+    found = [(job, closest(others, asked[job])) for job in jobs if done.look(job, asked[job]) is None]
+    near = [(job, words) for job, words in found if words]
+    for job, words in near[:10]:
+        print(f"{job.name}: a finished run is not taken, since it has {'; '.join(words[:4])}")
+    if len(near) > 10:
+        print(f"... and {len(near) - 10} more runs like these")
+
+
+def open_records(args: argparse.Namespace) -> Done:
+    """The results file and the folders of other sweeps, as they stand."""
+    for folder in args.adopt:
+        if not folder.is_dir():
+            raise InputError(f"--adopt {folder} is no folder: name the base folder of earlier runs.")
+    adopted = [run for folder in args.adopt for run in runs_below(folder)]
+    return Done(ResultsFile(args.results) if args.results else None, adopted)
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> int:
+    """Returns the exit status: 0 finished, 1 some runs failed, 2 bad input, 3 the cluster is gone, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--guard"]:
+        return guard(int(argv[1]), Path(argv[2]), argv[3:])
+    args, flags = make_parser(description).parse_known_args(argv)
+    typed = (*flags, *args.methods, *args.only, *args.grid)
+    remember_command(word for text in typed for word in [text, *re.split(r"[\s:,]+", text)])
+    try:
+        jobs = plan(args, flags)
+        asked = ask(jobs, max(1, int(args.gpus_per_run or 1)))
+        done = open_records(args)
+        if args.dry_run:
+            print("\n".join(listed(jobs, asked, done)))
+            return 0
+        for signum in (signal.SIGINT, signal.SIGTERM):  # also where a shell has started this with Ctrl-C ignored
+            signal.signal(signum, interrupt)
+        say_near_misses(jobs, asked, done)
+        code = sweep(jobs, asked, done, args)
+    except (InputError, RunError) as error:
+        print(f"sweep.py: error: {hide(str(error))}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    if code != 130:
+        print(f"tables and figures: python scripts/report.py {shlex.quote(args.output)}")
+    return code

@@ -1,0 +1,191 @@
+"""What a sweep runs: its cells, one a task, method, seed and grid point, each with its command and its folder."""
+
+import argparse
+import itertools
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loralib.errors import InputError
+from loralib.secrets import is_secret
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("lora", "lora-orth", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full")
+Point = tuple[tuple[str, str], ...]  # values of a grid: (flag, value) pairs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method of the comparison under the name that folders and tables have for it."""
+
+    name: str
+    method: str  # one of METHODS, or the absolute path of an entry point
+    flags: tuple[str, ...] = ()
+
+    @property
+    def own(self) -> bool:
+        """Whether it is an entry point of the user's."""
+        return self.method not in METHODS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what its script is called with, and where it goes."""
+
+    task: str
+    arm: Arm
+    seed: int
+    flags: tuple[str, ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Its folder below the sweep's."""
+        return str(Path(*self.folder.parts[-3:]))
+
+    @property
+    def command(self) -> list[str]:
+        """The task's script with all flags."""
+        own = ["--seed", str(self.seed), "--output_dir", str(self.folder)]
+        return ["bash", str(ROOT / "scripts" / f"{self.task}.sh"), self.arm.method, *self.flags, *own]
+
+
+def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
+    """All runs of a sweep without tuning, seeds outermost so that every method has a first result early.
+
+    Raises:
+        InputError: an unknown task or method, a grid that can't be read, a flag that is the sweep's to set.
+    """
+    check_tasks(args.tasks)
+    arms = read_arms(args.methods)
+    grid = read_grid(args.grid, "--grid")
+    own = flags_of_cells(args, arms, flags)
+    points: list[Point] = list(itertools.product(*([(name, v) for v in values] for name, values in grid.items())))
+    jobs = [
+        make_job(args.output, task, arm, seed, own[task, arm], point)
+        for seed, task, arm, point in itertools.product(args.seeds, args.tasks, arms, points)
+    ]
+    if not jobs:
+        raise InputError("nothing to run: --tasks, --methods and --seeds (1,2,3 or 1-5) each need one entry or more.")
+    check_folders(jobs)
+    return jobs
+
+
+def make_job(output: str, task: str, arm: Arm, seed: int, flags: Sequence[str], point: Point) -> Job:
+    """The run of a grid point, in OUTPUT/TASK/METHOD[,NAME=VALUE...]/seedK."""
+    label = ",".join([arm.name, *(f"{name}={value}".replace("/", "_") for name, value in point)])
+    values = [word for name, value in point for word in (f"--{name}", value)]
+    return Job(task, arm, seed, (*flags, *values), Path(output).absolute() / task / label / f"seed{seed}")
+
+
+def check_folders(jobs: Sequence[Job]) -> None:
+    """Refuse two runs in one folder."""
+    seen: set[Path] = set()
+    for job in jobs:
+        if job.folder in seen:
+            raise InputError(
+                f"two runs would share the folder {job.folder}: name each task, method, seed and value once."
+            )
+        seen.add(job.folder)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse a task that has no script."""
+    scripts = (ROOT / "scripts").glob("*.sh")
+    known = sorted(p.stem for p in scripts if p.stem != "launch" and "/launch.sh" in p.read_text(encoding="utf-8"))
+    for task in tasks:
+        if task not in known:
+            raise InputError(f"task {task!r} has no script: use {', '.join(known)}.")
+
+
+def split_arms(text: str) -> list[str]:
+    """The entries of --methods; a comma in an entry's flags does not end it."""
+    found: list[str] = []
+    for part in text.split(","):
+        starts = part.strip() in METHODS or re.match(r"\s*[\w.+-]+=", part) or Path(part.partition(":")[0]).is_file()
+        if found and ":--" in found[-1] and not starts:
+            found[-1] += f",{part}"
+        elif part.strip():
+            found.append(part.strip())
+    return found
+
+
+def read_arms(entries: Sequence[str]) -> list[Arm]:
+    """Methods by name or path, or as NAME=METHOD or NAME=PATH, each with :FLAGS behind it if wanted."""
+    arms = []
+    for entry in entries:
+        named = re.match(r"([\w.+-]+)=(.+)$", entry)
+        text = named[2] if named else entry
+        method, colon, words = text.partition(":--")
+        flags = tuple(shlex.split(f"--{words}")) if colon else ()
+        if method not in METHODS and not Path(method).is_file():
+            raise InputError(
+                f"method {method!r} is neither a file nor one of {', '.join(METHODS)}: name one of them, or the "
+                "path of an entry point of yours."
+            )
+        where = method if method in METHODS else str(Path(method).absolute())
+        if flags and not named:
+            raise InputError(f"--methods {entry!r}: give flags to a name of yours, as in NAME={entry}.")
+        arms.append(Arm(named[1] if named else method_label(method), where, flags))
+    return arms
+
+
+def method_label(method: str) -> str:
+    """Folder name of a method: the name itself; for an entry point its file's name, or its folder's if run_glue.py."""
+    if method in METHODS:
+        return method
+    path = Path(method).absolute()
+    return path.parent.name if path.stem == "run_glue" else path.stem
+
+
+def read_grid(entries: Sequence[str], flag: str) -> dict[str, list[str]]:
+    """NAME=VALUE,VALUE entries as values by flag."""
+    grid: dict[str, list[str]] = {}
+    for entry in entries:
+        name, _, values = entry.partition("=")
+        if is_secret(name):
+            raise InputError(f"{flag} {name}: an access token is no setting to compare; give it to all runs.")
+        name = name.lstrip("-").replace("-", "_")
+        if not name or not all(values.split(",")):
+            raise InputError(
+                f"{flag} {entry!r} cannot be read: write {flag} NAME=VALUE,VALUE, as in {flag} lora_r=4,8."
+            )
+        grid[name] = values.split(",")
+    return grid
+
+
+def flags_of_cells(
+    args: argparse.Namespace, arms: Sequence[Arm], flags: Sequence[str]
+) -> Mapping[tuple[str, Arm], tuple[str, ...]]:
+    """The flags of each task and arm: those of all runs, the arm's, then those of --only; later ones win."""
+    for flag in flags:
+        name = flag.split("=")[0].lstrip("-").replace("-", "_")
+        for set_here, least in (("seed", 2), ("output_dir", 2)):
+            if flag.startswith("--") and len(name) >= least and set_here.startswith(name):
+                raise InputError(f"--{set_here} is set by the sweep for each run: use --seeds and --output.")
+    if args.like is not None and args.like not in METHODS:
+        raise InputError(f"--like {args.like}: it must be one of {', '.join(METHODS)}.")
+    wide: dict[str, list[str]] = {}
+    narrow: dict[tuple[str, str], list[str]] = {}
+    names = {name: arm.name for entry, arm in zip(args.methods, arms, strict=True) for name in (entry, arm.name)}
+    for entry in args.only:
+        what, colon, words = entry.partition(":--")
+        task, _, method = what.partition("/")
+        more = shlex.split(f"--{words}") if colon else []
+        if more and what in names:
+            wide.setdefault(names[what], []).extend(more)
+        elif more and task in args.tasks and method in names:
+            narrow.setdefault((task, names[method]), []).extend(more)
+        else:
+            raise InputError(
+                f"--only {entry!r} cannot be read: write METHOD:FLAGS or TASK/METHOD:FLAGS, as in "
+                "'sora:--sparse_lr 1e-3' or 'rte/sora:--lambda_num 4', with a task and a method of this sweep."
+            )
+    found = {}
+    for task, arm in itertools.product(args.tasks, arms):
+        like = ("--like", args.like) if args.like and arm.own and "--like" not in arm.flags else ()
+        own = (*wide.get(arm.name, ()), *narrow.get((task, arm.name), ()))
+        found[task, arm] = (*like, *flags, *arm.flags, *own)
+    return found

@@ -1,0 +1,179 @@
+"""Which runs are finished: by their own folders, by the folders of other sweeps, and by a compact results file.
+
+A results file holds one record a line (JSON), appended as runs finish, small enough to be committed; with it a sweep
+goes on on another machine, and the report is made without the folders.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralib.errors import InputError
+from loralib.sweep.plan import Job
+from loralib.sweep.settings import PLACES, WITHOUT_NUMBERS, Asked, differences, entry_of
+
+DONE = ("finished", "diverged")  # a run that diverged is done: the same flags diverge again
+KEPT = ("version", "status", "method", "task", "seed", "commit", "versions", "hardware", "world_size",
+        "effective_batch", "steps", "metrics", "wall_seconds", "heldout", "stages")  # fmt: skip
+COUNTS = ("trainable", "total", "lora", "head", "remaining")
+
+
+def result(job: Job) -> dict[str, Any] | None:
+    """The results file of a run; None where there is none, {} where it is cut short or no results file."""
+    return read_result(job.folder / "run.json")
+
+
+def read_result(file: Path) -> dict[str, Any] | None:
+    """A results file; None where there is none, {} where it is cut short or not one of this project's."""
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    sound = isinstance(run, dict) and isinstance(run.get("arguments"), dict) and isinstance(run.get("metrics"), dict)
+    return run if sound else {}
+
+
+def status(job: Job) -> str:
+    """What the results file in the run's folder says; empty where there is none."""
+    return str((result(job) or {}).get("status", ""))
+
+
+def finished(job: Job) -> bool:
+    """Whether the results file in the run's folder says so."""
+    return status(job) == "finished"
+
+
+def check_settings(job: Job, asked: Asked) -> None:
+    """Refuse to take a finished run for one that other flags were given for."""
+    found = differences(result(job) or {}, asked)
+    if found:
+        raise InputError(
+            f"{job.folder} holds a run that is done with {'; '.join(found[:4])}: name another --output, or remove that "
+            "folder."
+        )
+
+
+# ---- compact records ----
+
+
+def compact(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The essentials of a results file: no path of a machine, no training loss, of each matrix its rank alone."""
+    arguments = {
+        name: Path(value).name if name in (*PLACES, "dataset_name") and isinstance(value, str) else value
+        for name, value in run["arguments"].items()
+        if not WITHOUT_NUMBERS.fullmatch(name) or name in ("do_train", "per_device_train_batch_size")
+    }
+    record = {name: run[name] for name in KEPT if name in run} | {"arguments": arguments, "entry": entry_of(run)}
+    counts = run.get("parameters")
+    if isinstance(counts, dict):
+        record["parameters"] = {name: counts[name] for name in COUNTS if name in counts}
+        modules = counts.get("modules")
+        ranks = (
+            {n: m.get("rank") for n, m in modules.items() if isinstance(m, dict)} if isinstance(modules, dict) else {}
+        )
+        if len(set(ranks.values())) > 1:  # pruned; else the rank is lora_r everywhere
+            record["parameters"]["modules"] = {name: {"rank": rank} for name, rank in ranks.items()}
+    history = run.get("history")
+    watched = ("eval_", "heldout_", "rank_total")
+    record["history"] = [
+        {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second"))}
+        for entry in (history if isinstance(history, list) else [])
+        if isinstance(entry, dict) and any(key.startswith(watched) for key in entry)
+    ]
+    return record
+
+
+class ResultsFile:
+    """A compact results file that grows by one line a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        self.cut = False  # the last line was cut off while it was written
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--results {path} cannot be read ({error}): name a results file, or a new one."
+            ) from error
+        lines = text.splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
+                    raise ValueError
+            except (ValueError, RecursionError) as error:
+                if number == len(lines) and not text.endswith("\n"):
+                    self.cut = True
+                    continue
+                raise InputError(
+                    f"--results {path}: line {number} is no record of a run: remove that line, or name another file."
+                ) from error
+            self.records.append(record)
+
+    def find(self, asked: Asked) -> dict[str, Any] | None:
+        """The record of a run that is done with these settings."""
+        return next((r for r in self.records if r.get("status") in DONE and not differences(r, asked)), None)
+
+    def add(self, run: Mapping[str, Any]) -> None:
+        """Append a run's record, on the disk before this returns; one that was cut off is removed first."""
+        record = compact(run)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            if self.cut:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                self.cut = False
+            file.write(json.dumps(record, default=str).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+
+def runs_below(folder: Path) -> list[dict[str, Any]]:
+    """All runs below a folder that are done."""
+    found = (read_result(file) for file in sorted(folder.rglob("run.json")))
+    return [run for run in found if run and run.get("status") in DONE]
+
+
+def closest(runs: Iterable[Mapping[str, Any]], asked: Asked) -> list[str]:
+    """Where the run that is most like the one asked for differs; empty where none has its task, method and seed."""
+    same = [run for run in runs if run.get("task") == asked.task and run["arguments"].get("seed") == asked.seed]
+    if asked.method is not None:
+        same = [run for run in same if run.get("method") == asked.method]
+    return min((differences(run, asked) for run in same), key=len, default=[])
+
+
+class Done:
+    """What is known of each run of a sweep: its record, from wherever it is."""
+
+    def __init__(self, results: ResultsFile | None, others: Sequence[dict[str, Any]]) -> None:
+        self.results, self.others = results, others
+        self.known: dict[Job, dict[str, Any]] = {}
+
+    def look(self, job: Job, asked: Asked) -> dict[str, Any] | None:
+        """The record of a run that is done, which is entered into the results file if it is not there.
+
+        Raises:
+            InputError: the run's folder holds one that is done with other settings.
+        """
+        if job in self.known:
+            return self.known[job]
+        in_file = self.results.find(asked) if self.results else None
+        run = result(job)
+        if run and run.get("status") in DONE:
+            check_settings(job, asked)
+        else:
+            run = next((other for other in self.others if not differences(other, asked)), None)
+        if run and self.results and in_file is None:
+            self.results.add(run)
+        found = run or in_file
+        if found:
+            self.known[job] = found
+        return found
