@@ -57,6 +57,7 @@ value_of() {
 # is_on VALUE: whether the value of a switch means yes, as the entry points read it.
 is_on() {
     [[ "$1" =~ ^([Tt][Rr][Uu][Ee]|[Tt]|[Yy][Ee][Ss]|[Yy]|[Oo][Nn]|1)$ ]]
+}
 
 # shown WORDS...: the words as one could type them, access tokens hidden as loralib/secrets.py does.
 shown() {

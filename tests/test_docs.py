@@ -212,7 +212,8 @@ def flags_of_the_entry_points() -> set[str]:
 @cache
 def known_flags() -> set[str]:
     """Flags of the entry points, and those that the scripts' sources name."""
-    sources = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.*") if path.suffix in (".py", ".sh"))
+    files = [*(ROOT / "scripts").glob("*.*"), ROOT / "loralib" / "sweep" / "command.py"]
+    sources = "".join(path.read_text() for path in files if path.suffix in (".py", ".sh"))
     torchrun = {option for action in torchrun_parser()._actions for option in action.option_strings}
     return flags_of_the_entry_points() | set(re.findall(r"--[A-Za-z][\w-]*", sources)) | torchrun | OTHER_FLAGS
 

@@ -183,6 +183,41 @@ def test_environment_and_flags_from_any_folder_with_spaces(tmp_path: Path) -> No
     assert words[words.index("--output_dir") + 1] == str(odd / "out" / "rte" / "mine" / "seed7")
 
 
+def test_a_flag_is_itself_however_it_is_spelt(tmp_path: Path) -> None:
+    """Dashes, abbreviations and `=`: an unfinished default folder is not cleared for a run that goes elsewhere."""
+    unfinished = tmp_path / "mrpc" / "lora" / "seed42" / "runs"
+    unfinished.mkdir(parents=True)
+    for flags in (["--output_dir", "x"], ["--output-dir", "x"], ["--output-dir=x"], ["--output_d", "x"], ["--ou=x"]):
+        printed = script("mrpc", "lora", *flags, cwd=tmp_path, OUTPUT=str(tmp_path)).stdout
+        assert "starts anew" not in printed and "--overwrite_output_dir" not in printed, flags
+        assert "run_glue.py" in printed
+    for flags in (["--gradient-accumulation-steps", "4"], ["--gradient_acc=4"], ["--gradient-accumulation-st", "4"]):
+        assert "--per_device_train_batch_size 8" in script("mrpc", "lora", *flags).stdout
+    for flags in (["--per-device-train-batch-size", "4"], ["--per_device_tr=4"]):
+        assert "--per_device_train_batch_size" not in script("mrpc", "lora", *flags).stdout
+    for flags in (["--use-cpu"], ["--use_cpu=yes"], ["--use_c", "on"], ["--no-cuda", "1"]):
+        printed = script("mrpc", "lora", *flags, NPROC="", CUDA_VISIBLE_DEVICES="0,1").stdout
+        assert "torch.distributed" not in printed, flags
+    finished = tmp_path / "done"
+    finished.mkdir()
+    (finished / "run.json").write_text(json.dumps({"version": 1, "status": "finished"}, indent=2) + "\n")
+    assert "nothing to do" in script("mrpc", "lora", "--output-dir", str(finished)).stdout
+    again = script("mrpc", "lora", "--output-dir", str(finished), "--overwrite-output-dir", "on").stdout
+    assert "nothing to do" not in again
+
+
+def test_an_entry_point_of_a_users_inherits_settings(tmp_path: Path) -> None:
+    own = tmp_path / "mine.py"
+    own.write_text("")
+    words = shlex.split(script("rte", str(own), "--like", "lora", "--lora_r", "2").stdout)
+    lora = commands("rte")["lora"]
+    kept = [word for word in lora[2:] if word not in ("--lora_type", "frd")]
+    where = kept.index("--output_dir") + 1
+    assert words[1] == str(own) and words[2:] == [*kept[:where], words[where + 2], *kept[where + 1 :], "--lora_r", "2"]
+    done = script("rte", str(own), "--like", "lorra", check=False)
+    assert done.returncode == 1 and "--like 'lorra' is no method" in done.stderr
+
+
 def test_the_same_command_again(tmp_path: Path) -> None:
     """A finished run is left alone; with any other folder the entry point decides: go on, start anew or refuse."""
     folder = tmp_path / "mrpc" / "lora" / "seed42"

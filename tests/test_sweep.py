@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from loralib.errors import InputError
-from loralib.sweep import asking, command, guard, plan, records, settings
+from loralib.sweep import asking, command, guard, plan, records, running, settings
 from loralib.sweep.cluster import Cluster, resources
 from loralib.sweep.running import Progress
 
@@ -34,6 +34,8 @@ os.makedirs(out, exist_ok=True)
 first = not os.path.exists(os.path.join(out, "tried"))
 open(os.path.join(out, "tried"), "w").close()
 print("threads", os.environ["OMP_NUM_THREADS"], "gpus", repr(os.environ["CUDA_VISIBLE_DEVICES"]), flush=True)
+if seed == 4:
+    sys.exit(2)  # bad input
 if seed == 3 or seed == 2 and first:
     sys.exit(f"seed {seed} fails")
 run = {"version": 1, "status": "finished", "method": "mine", "task": arguments["--task_name"], "seed": seed,
@@ -159,7 +161,7 @@ def test_finished_runs_are_known_by_the_values_of_their_flags(
 
     same = (["--report_to", "all"], ["--learning-rate=1e-3"], ["--learning_r", "0.001"], ["--save_steps", "7"],
             ["--warmup-ratio", "0.10"], ["--num_train_epochs", "9"], ["--gradient_accumulation_steps", "2"],
-            ["--lora-r", "4"], ["--eval_strategy", "epoch"], ["--hub_token", "x"], ["--disable_tqdm"])  # fmt: skip
+            ["--lora-r", "4"], ["--eval_strategy", "epoch"], ["--hub_token", "x"], ["--logging-ste=3"])  # fmt: skip
     for flags in same:
         assert found(*flags) == [], flags
     other = {
@@ -180,7 +182,7 @@ def test_finished_runs_are_known_by_the_values_of_their_flags(
     assert found(of=records.compact(record)) == []  # the compact record is as good
     assert "seed 1 (2" in found("--seeds", "2")[0]
     (wrong,) = jobs(*usual, "--lora_alpha", "5")
-    with pytest.raises(InputError, match=r"holds a run that is done with lora_alpha 32.0 \\(5.0 is asked for\\)"):
+    with pytest.raises(InputError, match=r"holds a run that is done with lora_alpha 32.0 \(5.0 is asked for\)"):
         records.check_settings(wrong, asking.ask([wrong])[wrong])
 
     # a results file and another sweep's folder are as good as the run's own folder
@@ -315,6 +317,113 @@ def test_resources_of_a_run_and_runs_at_a_time() -> None:
         assert sentence in str(error.value)
 
 
+# ---- a cluster that vanishes ----
+
+
+class DyingRay:
+    """Ray whose cluster is gone after `lives[i]` results of its i-th start; runs write their results file at once."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class WorkerCrashedError(RayError):
+            pass
+
+        class OutOfMemoryError(RayError):
+            pass
+
+        class RayTaskError(RayError):
+            pass
+
+    def __init__(self, lives: list[int], statuses: dict[int, list[int]]) -> None:
+        self.lives, self.statuses, self.left, self.started = lives, statuses, 0, []
+
+    def start(self) -> Any:
+        if not self.lives:
+            raise InputError("nothing answers")
+        self.left = self.lives.pop(0)
+        self.ray = self
+        return self
+
+    def alive(self) -> bool:
+        return self.left > 0
+
+    def stop(self) -> None:
+        self.left = 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
+
+    def remote(self, *given: Any, **options: Any) -> Any:
+        if options:
+            return lambda function: self
+        command, folder = given[1], Path(given[3])
+        seed = int(command[command.index("--seed") + 1])
+        self.started.append(seed)
+        return seed, folder
+
+    def options(self, **_: Any) -> Any:
+        return self
+
+    def wait(self, calls: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return (calls[:1], calls[1:]) if self.left else ([], calls)
+
+    def get(self, call: tuple[int, Path]) -> int:
+        self.left -= 1
+        seed, folder = call
+        if not self.left:
+            raise self.exceptions.RayError("the node died")
+        code = self.statuses.get(seed, [0]).pop(0) if self.statuses.get(seed) else 0
+        if not code:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = {"status": "finished", "task": "rte", "arguments": {"seed": seed}, "metrics": {}}
+            (folder / "run.json").write_text(json.dumps(run))
+        return code
+
+    def cancel(self, call: Any, force: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("lives", "statuses", "code", "counts"),
+    [
+        ([99], {}, 0, [1, 1, 1, 1, 1]),
+        ([99], {2: [1], 3: [1, 1], 4: [2]}, 1, [1, 2, 2, 1, 1]),  # one retry, none after bad input
+        ([2, 3, 99], {2: [1]}, 0, None),  # lost twice: no retry is used up by it
+        ([2], {}, 3, None),  # it never comes back
+        ([1, 1, 1, 1, 1], {}, 3, None),  # it is lost again and again
+    ],
+)
+def test_a_cluster_that_vanishes_costs_no_run_its_retry(
+    lives: list[int],
+    statuses: dict[int, list[int]],
+    code: int,
+    counts: list[int] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    entry = tmp_path / "mine.py"
+    entry.write_text("")
+    ray = DyingRay(list(lives), {seed: list(found) for seed, found in statuses.items()})
+    monkeypatch.setattr(running, "Cluster", lambda address: ray)
+    monkeypatch.setattr(running, "PAUSE", 0.0)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    argv = ["--tasks", "rte", "--methods", str(entry), "--seeds", "1-5", "--output", str(tmp_path / "out"),
+            "--wait_for_cluster", "0"]  # fmt: skip
+    assert command.main(argv) == code
+    if counts:
+        assert [ray.started.count(seed) for seed in range(1, 6)] == counts
+    said = capsys.readouterr()
+    if code == 3:
+        assert "the same command goes on with the rest" in said.err and len(said.err.splitlines()) == 1
+        ray.lives = [99]
+        assert command.main(argv) == 0  # as the sentence says
+    if code != 1:
+        assert len(list(tmp_path.rglob("run.json"))) == 5 and "given up" not in said.out
+
+
 # ---- nothing outlives its worker ----
 
 
@@ -365,7 +474,7 @@ def test_sweep_on_ray(tmp_path: Path) -> None:
     entry = tmp_path / "mine.py"
     entry.write_text(ENTRY)
     out = tmp_path / "out"
-    argv = ["--tasks", "rte", "--methods", str(entry), "--seeds", "1-3", "--output", str(out), "--lora_r", "4",
+    argv = ["--tasks", "rte", "--methods", str(entry), "--seeds", "1-4", "--output", str(out), "--lora_r", "4",
             "--gpus_per_run", "0", "--cpus_per_run", "1", "--hub_tok", "Secret-of-the-hub"]  # fmt: skip
     if importlib.util.find_spec("ray") is None:
         done = run_sweep(*argv)
@@ -377,19 +486,19 @@ def test_sweep_on_ray(tmp_path: Path) -> None:
     done = run_sweep(*argv)
     assert done.returncode == 1, done.stderr
     assert f"{half / 'run.json'} is cut short or not a results file: that run is done again." in done.stdout
-    assert "2 of 3 done, 0 running, 1 failed, 0 left" in done.stdout
+    assert "2 of 4 done, 0 running, 2 failed, 0 left" in done.stdout
     assert "failed: rte/mine/seed3: seed 3 fails" in done.stdout
-    attempts = [(out / "rte" / "mine" / f"seed{s}" / "run.log").read_text().count("== bash") for s in (1, 2, 3)]
-    assert attempts == [1, 2, 2]
+    attempts = [(out / "rte" / "mine" / f"seed{s}" / "run.log").read_text().count("== bash") for s in (1, 2, 3, 4)]
+    assert attempts == [1, 2, 2, 1]  # what was refused once is refused again
     logged = (half / "run.log").read_text()
     assert "--hub_tok ..." in logged and "Secret-of-the-hub" not in logged + done.stdout + done.stderr
     assert "threads 1 gpus ''" in (half / "run.log").read_text()
-    entry.write_text(ENTRY.replace("seed == 3 or", ""))
+    entry.write_text(ENTRY.replace("seed == 3 or", "").replace("seed == 4", "False"))
     before = (half / "run.json").stat().st_mtime_ns
     done = run_sweep(*argv)
-    assert done.returncode == 0 and "3 of 3 done" in done.stdout, done.stderr
+    assert done.returncode == 0 and "4 of 4 done" in done.stdout, done.stderr
     assert (half / "run.json").stat().st_mtime_ns == before  # finished runs are left alone
-    assert "all 3 runs are finished" in run_sweep(*argv).stdout
+    assert "all 4 runs are finished" in run_sweep(*argv).stdout
     wrong = run_sweep(*argv, "--lora_r", "5")
     assert wrong.returncode == 2 and "done with lora_r 4 (5 is asked for)" in wrong.stderr
 

@@ -155,7 +155,7 @@ class _Loop:
             why = f"lost its worker ({type(error).__name__})"
         except errors.RayError as error:  # not the run: its machine or Ray itself
             wait_until_free(job.folder, end=True)
-            self.lost[job] = self.lost.get(job, 0) + 1
+            self.lost[job] = self.lost.get(job, 0) + self.cluster.alive()
             if self.lost[job] <= LOSSES:
                 self.todo.appendleft(job)
                 self.progress.say(f"{job.name} lost its machine ({type(error).__name__}): it goes on when there is one")
