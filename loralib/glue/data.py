@@ -111,6 +111,8 @@ def load(
     # the training split comes first
     by_use = [split for use in USES for split in source.splits if use_of(split) == use]
     tables = {split: read(split) for split in by_use if wanted[use_of(split)]}
+    if not by_use:
+        raise InputError(f"{source.place} has no train, validation or test split: name one with --train_split.")
 
     def with_classes() -> tuple[str, Dataset]:
         """The training split, whether this run trains or not, or what comes closest."""

@@ -104,7 +104,8 @@ def find(
 def _existing(use: str, file: str) -> Path:
     path = Path(os.path.expanduser(file))  # Path's own expanduser fails on the ~name of nobody
     if not os.path.isfile(path):
-        what = "is a folder (see dataset_name)" if path.is_dir() else "does not exist"
+        what = "is no regular file" if os.path.exists(path) else "does not exist"
+        what = "is a folder (see dataset_name)" if os.path.isdir(path) else what
         raise InputError(f"{use}_file {file!r} {what}: give a file of {', '.join(SUFFIXES)}.")
     if not stem_and_suffix(path)[1]:
         packed = path.suffix.lower() in (".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".gz")
