@@ -86,8 +86,13 @@ def export_lora(run: str | Path, out: str | Path) -> None:
     with new_folder(Path(out)) as folder:
         write_tensors(folder / ADAPTER_FILE, state | adapter.rest)
         write_json(folder / ADAPTER_CONFIG, adapter.config)
-        if (adapter.source / "config.json").is_file():  # labels and head, which merging needs
-            shutil.copyfile(adapter.source / "config.json", folder / "config.json")
+        copy_config(adapter, folder)
+
+
+def copy_config(adapter: Adapter, folder: Path) -> None:
+    """The run's config.json, where there is one: it names the labels and shapes the head, which merging needs."""
+    if (adapter.source / "config.json").is_file():
+        shutil.copyfile(adapter.source / "config.json", folder / "config.json")
 
 
 def export_merged(

@@ -90,9 +90,6 @@ def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     full = {"format_version": FORMAT_VERSION, **config, **adapter_facts(model)}
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-    if commit:  # a model of the hub: a branch moves, a commit does not
-        full["base_model_revision"] = commit
     write_tensors(folder / ADAPTER_FILE, adapter_state(model))
     write_json(folder / ADAPTER_CONFIG, full)
 

@@ -4,7 +4,7 @@ import math
 import re
 from pathlib import Path
 
-from loralib.adapters.exports import folded, read_run
+from loralib.adapters.exports import copy_config, folded, read_run
 from loralib.adapters.reading import PEFT_FILES, Adapter, read_json, read_number, read_state, split_state
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
@@ -98,6 +98,7 @@ def export_peft(run: str | Path, out: str | Path, base: str | None = None) -> No
     with new_folder(Path(out)) as folder:
         write_tensors(folder / PEFT_FILES[0], state)
         write_json(folder / PEFT_CONFIG, config)
+        copy_config(adapter, folder)
 
 
 def _head_module(parameter: str) -> str:

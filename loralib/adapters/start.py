@@ -1,6 +1,7 @@
 """Where a run starts from: `--lora_path` reads an adapter of any format and puts it into a freshly adapted model."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapt import adapted_layers, backbone_of, is_head, is_lora
+from loralib.adapters.names import places_in
 from loralib.adapters.own import load_trained, other_backbone, read_own
 from loralib.adapters.peft import PEFT_CONFIG, read_peft
 from loralib.adapters.reading import (
@@ -21,6 +23,8 @@ from loralib.adapters.reading import (
 )
 from loralib.errors import InputError
 from loralib.layers import DIAGONALS, LoRALinear
+
+OUTPUT_LAYER = re.compile(r"(?:^|\.)(?:classifier|score|out_proj|logits_proj)\.weight$")
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -44,7 +48,8 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
     """Start a freshly adapted model from an adapter: the function that it computes is the file's.
 
     A matrix of a smaller rank fills the first directions, the others stay fresh and add nothing yet; another scaling is
-    folded into the factors; a head that is missing or has other shapes stays fresh.
+    folded into the factors; a head that is missing, of other shapes or for other labels stays fresh. One for the same
+    labels in another order (`model.config.id2label`) is turned into the model's order.
 
     Args:
         model: fresh from `adapt`.
@@ -66,7 +71,7 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
     if unknown or not held_matrices:
         held = f"adapts {unknown[0]!r}, which this run does not" if unknown else "holds no lora_A and lora_B"
         raise InputError(f"{source} {held}: set --lora_module and the model as they were.")
-    state = _rest_that_fits(model, adapter, source)
+    state = _in_the_models_order(adapter, _rest_that_fits(model, adapter, source), model)
     fresh, smaller, scalings = 0, 0, set()
     for name, layer in layers.items():
         own = {key: p.detach() for key, p in layer.named_parameters(recurse=False) if is_lora(key)}
@@ -97,7 +102,9 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
     if other_backbone(adapter.config, adapter.rest, model):
         lines.append("it was trained on another pretrained model: --model_name_or_path has other weights")
     if kept:
-        lines.append(f"its head is missing or has other shapes, so these start anew: {', '.join(kept)}")
+        lines.append(
+            f"its head is missing, of other shapes or for other labels, so these start anew: {', '.join(kept)}"
+        )
     if fresh:
         lines.append(f"{fresh} of {len(layers)} matrices have rank 0 there or are missing: they start anew")
     if smaller:
@@ -106,10 +113,28 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
         lines.append(
             f"it was trained with the scaling {theirs:g}, this run has {ours:g}: the ratio went into its values"
         )
-    labels, own_labels = adapter.config.get("label_names"), getattr(getattr(model, "config", None), "id2label", None)
-    if labels and not kept and own_labels and list(labels) != [own_labels[i] for i in sorted(own_labels)]:
-        lines.append(f"its head was trained for the labels {', '.join(map(str, labels))}, which are not this run's")
     return lines
+
+
+def output_layer(head: Mapping[str, Tensor]) -> list[str] | None:
+    """Keys of the weight (outputs, in) and bias (outputs,) that end a head; None where there is no such weight."""
+    last = [k for k, t in head.items() if t.ndim == 2 and OUTPUT_LAYER.search(k) and not re.search(r"\.\d+\.", k)]
+    if not last:
+        return None
+    bias = f"{last[-1].removesuffix('weight')}bias"
+    return [last[-1], bias] if bias in head else [last[-1]]
+
+
+def _in_the_models_order(adapter: Adapter, head: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The head with its outputs in the order of the model's labels; without the last layer if it is for others."""
+    labels, named = adapter.config.get("label_names"), getattr(getattr(model, "config", None), "id2label", None)
+    last = output_layer(head)
+    if not labels or not named or len(labels) != len(named) or last is None:
+        return head
+    places = places_in([str(named[i]) for i in sorted(named)], labels)
+    if places is None:
+        return {key: value for key, value in head.items() if key not in last}
+    return head | {key: head[key][places] for key in last}
 
 
 def _refuse_unfit(

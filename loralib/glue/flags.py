@@ -38,13 +38,15 @@ class ModelArguments:
     model_revision: str = flag("main", "Branch, tag or commit of the model on the hub.")
     token: str | None = flag(None, "Access token for the hub.")
     trust_remote_code: bool = flag(False, "Run code that comes with the model. Off: only models of transformers.")
-    ignore_mismatched_sizes: bool = flag(False, "Start a head of another size anew instead of refusing the model.")
+    ignore_mismatched_sizes: bool = flag(False, "Start layers of another size anew instead of refusing the model.")
     cls_dropout: float | None = flag(None, "Dropout before the classifier; the model's own where not given.")
     attention: str = flag(
         "fast",
         "DeBERTa's attention: 'fast' computes what the 'stock' code does with less work.",
         choices=["fast", "stock"],
     )
+    # What is known of the labels before the data is read; no flag: `start` finds it.
+    head: Any = field(default=None, init=False, repr=False)  # heads.TrainedHead | None
 
 
 @dataclass

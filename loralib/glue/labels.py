@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
+from loralib.adapters.names import plain_label
 from loralib.errors import InputError
 from loralib.glue.cells import MIXED, is_number, listed, unmixed, utf8_column
 from loralib.glue.tasks import GLUE, Task
@@ -125,11 +126,6 @@ def _whole(word: str) -> str:
     return match[1] if match else word
 
 
-def plain(name: str) -> str:
-    """A label's name without what the spellings of one name differ in: case, spaces, `_`, `-`."""
-    return " ".join(re.split(r"[\s_-]+", name.casefold().strip()))
-
-
 # Which words mean that a row has no label
 
 
@@ -218,8 +214,8 @@ def label_ids(task: Task, trained: bool) -> dict[str, int]:
     names = task.label_names or ()
     ids = {name: i for i, name in enumerate(names)}
     if task.name in GLUE:
-        order = {plain(name): i for i, name in enumerate(names)}
-        numbers = {str(i): order[plain(name)] for i, name in enumerate(GLUE[task.name].label_names or ())}
+        order = {plain_label(name): i for i, name in enumerate(names)}
+        numbers = {str(i): order[plain_label(name)] for i, name in enumerate(GLUE[task.name].label_names or ())}
     else:
         numbers = by_index(names) if trained else {}
     return numbers | ids
@@ -250,10 +246,10 @@ def label_values(
         ids = label_ids(task, trained)
         allowed = listed(list(ids))
         named = trained or task.name in GLUE  # other classes are those of the file, as they are written there
-        spelled = {plain(name): i for i, name in enumerate(names)} if named else {}
+        spelled = {plain_label(name): i for i, name in enumerate(names)} if named else {}
         values = {}
         for word in labels.words:
-            found = next((ids[w] for w in (word, _whole(word)) if w in ids), spelled.get(plain(word)))
+            found = next((ids[w] for w in (word, _whole(word)) if w in ids), spelled.get(plain_label(word)))
             if found is not None:
                 values[word] = found
     missing = _missing(labels, flags, names)

@@ -20,7 +20,7 @@ from sklearn.metrics import (
 from transformers import EvalPrediction
 
 from loralib.errors import InputError
-from loralib.glue.tasks import GLUE, Task
+from loralib.glue.tasks import GLUE, Task, glue_ids
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,9 @@ class GlueMetric(evaluate.Metric):
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predictions, references = np.asarray(predictions), np.asarray(references)
+        if self.task.name in GLUE and self.task.label_names is not None:  # f1 is of GLUE's class 1
+            ids = np.asarray(glue_ids(self.task))
+            predictions, references = ids[predictions], ids[references]
         result = {name: _SCORES[name](predictions, references) for name in self.task.metrics}
         if COMBINED in metric_names(self.task):
             result[COMBINED] = float(np.mean(list(result.values())))

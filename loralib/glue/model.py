@@ -3,10 +3,12 @@
 import logging
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,9 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from loralib.adapt import backbone_of, is_head
+from loralib.adapters.names import places_in
 from loralib.adapters.start import load_lora
 from loralib.errors import InputError
 from loralib.glue.flags import LoRAArguments, ModelArguments
+from loralib.glue.heads import head_of_model
 from loralib.glue.machine import versions
 from loralib.glue.tasks import Task
 from loralib.kernels.deberta import use_fast_attention
@@ -48,14 +53,11 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         "token": args.token,
         "trust_remote_code": args.trust_remote_code,
     }
-    labels: dict[str, Any] = {"num_labels": task.num_labels}
-    if task.label_names is not None:
-        labels |= {
-            "id2label": dict(enumerate(task.label_names)),
-            "label2id": {label: i for i, label in enumerate(task.label_names)},
-        }
+    own_head = head_of_model(args)
+    keeps_head = own_head is None or _same_outputs(own_head.label_names, task) and not own_head.multi_label
     try:
-        config = AutoConfig.from_pretrained(args.config_name or name, **labels, **common)
+        config = AutoConfig.from_pretrained(args.config_name or name, **common)
+        set_labels(config, task.label_names, task.name)
         if args.cls_dropout is not None:
             _set_cls_dropout(config, args.cls_dropout)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -70,9 +72,16 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
             )
         config.pad_token_id = tokenizer.pad_token_id  # before the model is built: RoBERTa counts positions by it
         # float32 whatever the file holds: the hub's DeBERTa-v3 is stored in half precision (ledger G2)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **common
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes or not keeps_head,
+            output_loading_info=True,
+            **common,
         )
+        if not keeps_head:
+            _renew_output(model, found["mismatched_keys"], args)
     except InputError:
         raise
     except Exception as error:  # the libraries raise whatever their file formats do
@@ -93,6 +102,47 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
     if args.attention == "fast" and config.model_type == "deberta-v2":
         use_fast_attention(model)
     return model, tokenizer
+
+
+def set_labels(config: Any, names: tuple[str, ...] | None, task: str | None = None) -> None:
+    """Write into a config what the outputs are: their names, or that it is a regression.
+
+    transformers' pipeline reads `problem_type`: without it the one output of a regression would go through a sigmoid.
+    """
+    config.num_labels = 1 if names is None else len(names)
+    if names is not None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = "regression" if names is None else "single_label_classification"
+    if task is not None:
+        config.finetuning_task = task
+
+
+def _same_outputs(names: tuple[str, ...] | None, task: Task) -> bool:
+    """Whether a head with these names has the task's outputs in the task's order."""
+    if names is None or task.label_names is None:
+        return names is None and task.label_names is None
+    return places_in(task.label_names, names) == list(range(len(names)))
+
+
+def _renew_output(model: Any, mismatched: Iterable[Any], args: ModelArguments) -> None:
+    """Start the last layer of the head anew; `mismatched`: what has started anew already, for its other shape."""
+    prefix, _ = backbone_of(model)
+    keys = sorted(key if isinstance(key, str) else key[0] for key in mismatched)
+    foreign = [key for key in keys if not is_head(key, prefix)]
+    if foreign and not args.ignore_mismatched_sizes:
+        raise InputError(
+            f"the weights of {args.model_name_or_path} do not fit its config: {foreign[0]!r} has another shape; "
+            "--ignore_mismatched_sizes starts such layers anew."
+        )
+    if keys:
+        return
+    for name, module in reversed(list(model.named_modules())):
+        if isinstance(module, nn.Linear) and is_head(name, prefix) and module.out_features == model.config.num_labels:
+            fresh = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            model._init_weights(fresh)
+            module.load_state_dict(fresh.state_dict())
+            return
 
 
 def _set_cls_dropout(config: Any, value: float) -> None:
@@ -117,6 +167,18 @@ def load_lora_path(model: nn.Module, path: str) -> None:
         logger.warning("the adapter %s: %s", path, line)
 
 
+def snapshot_commit(model: ModelArguments) -> str | None:
+    """The commit of the hub's model as it lies in the cache, since a branch moves; None where it is not there."""
+    try:
+        file = try_to_load_from_cache(
+            model.model_name_or_path, "config.json", cache_dir=model.cache_dir, revision=model.model_revision
+        )
+    except ValueError:  # no name of the hub
+        return None
+    parts = Path(file).parts if isinstance(file, str) else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
 def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task: Task, layer: str) -> dict[str, Any]:
     """Facts that `adapter.json` keeps beside the weights."""
     base = os.path.expanduser(model.model_name_or_path)
@@ -128,7 +190,7 @@ def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task
         "lora_dropout": lora.lora_dropout,
         "lora_module": lora.lora_module,
         "base_model": os.path.abspath(base) if Path(base).is_dir() else base,
-        "base_model_revision": None if Path(base).is_dir() else model.model_revision,
+        "base_model_revision": None if Path(base).is_dir() else snapshot_commit(model) or model.model_revision,
         "task": task.name,
         "label_names": task.label_names,
         "versions": versions(),

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from loralib.errors import InputError
-from loralib.glue.tasks import GLUE, Task
+from loralib.glue.tasks import GLUE, Task, glue_ids
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,10 @@ def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np
     if task.label_range is not None:
         words = [f"{label:.3f}" for label in np.clip(labels, *task.label_range)]
     else:
-        words = [task.label_names[label] if task.label_names and task.submits_names else str(label) for label in labels]
+        # in GLUE's own names and order: a head may have others
+        ids = glue_ids(task)
+        names = GLUE[task.name].label_names or ()
+        words = [names[ids[label]] if task.submits_names else str(ids[label]) for label in labels]
     lines = ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]
     path = _write(Path(folder) / name, "\n".join(lines) + "\n")
 

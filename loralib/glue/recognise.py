@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from datasets import ClassLabel, Dataset, Value
 
+from loralib.adapters.names import plain_label, unnamed_labels
 from loralib.errors import InputError
 from loralib.glue.cells import listed
 from loralib.glue.columns import guess_texts, named_texts
-from loralib.glue.labels import TableFlags, classes_of, label_ids, plain, read_labels
+from loralib.glue.labels import TableFlags, classes_of, label_ids, read_labels
 from loralib.glue.sources import Source, use_of
 from loralib.glue.tasks import GLUE, Task
 
@@ -43,6 +44,8 @@ def recognise(
             glue = task
             logger.info("Task %s: %s has its name and its columns.", task.name, source.place)
     if known is not None:
+        if unnamed_labels(known.label_names or ()):
+            known = replace(known, label_names=_names_for(known, glue, with_classes, source, flags))
         task = _of_known(known, glue, table, where, source, flags)
     elif glue is not None:
         task = glue
@@ -77,7 +80,7 @@ def _of_known(known: Task, glue: Task | None, table: Dataset, where: str, source
     if glue is not None:
         ours, theirs = glue.label_names, known.label_names
         differ = (ours is None) != (theirs is None)
-        if differ or {*map(plain, ours or ())} != {*map(plain, theirs or ())}:
+        if differ or {*map(plain_label, ours or ())} != {*map(plain_label, theirs or ())}:
             raise InputError(
                 f"{source.place} is {glue.name} with {_labels_in_words(glue)}, and what is trained knows "
                 f"{_labels_in_words(known)}: use data of the task that it was trained on."
@@ -96,7 +99,34 @@ def _of_known(known: Task, glue: Task | None, table: Dataset, where: str, source
     kind = "regression" if known.label_names is None else "classification"
     logger.info("%s: %s of %s, with %s of what is trained.", where, kind, " and ".join(texts),
                 _labels_in_words(known))  # fmt: skip
-    return replace(known, text_columns=texts, metrics=known.metrics or _METRICS[kind])
+    return Task(kind, texts, known.label_names, known.metrics or _METRICS[kind])
+
+
+def _names_for(
+    known: Task, glue: Task | None, with_classes: Callable[[], tuple[str, Dataset]], source: Source, flags: TableFlags
+) -> tuple[str, ...]:
+    """Names for the classes of a head that has none: the task's or the data's, in their order, if there are as many.
+
+    Whole numbers stand for the index, whichever of them the data has; without labels the classes are numbers.
+    """
+    numbers = tuple(map(str, range(known.num_labels)))
+    if glue is not None:
+        named = glue
+    else:
+        split, table = with_classes()
+        if use_of(split) == "test" or "label" not in table.column_names:
+            return numbers
+        where = source.splits[split].where
+        labels = read_labels(table, where)
+        if labels.names is None and not labels.is_float and {*labels.words} - {"", "-1"} <= {*numbers}:
+            return numbers
+        named = Task("data", (), classes_of(labels, flags, where), ())
+    if named.label_names is None or named.num_labels != known.num_labels:
+        raise InputError(
+            f"{source.place} has {_labels_in_words(named)}, and what is trained has {known.num_labels} classes without "
+            f"names: give data with all {known.num_labels} of them, or numbers from 0 to {known.num_labels - 1}."
+        )
+    return named.label_names
 
 
 def _generic(split: str, table: Dataset, source: Source, flags: TableFlags) -> Task:

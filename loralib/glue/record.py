@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -68,7 +69,10 @@ def _has_trained(file: Path) -> bool:
 
 def flags_of(part: Any) -> dict[str, Any]:
     """The flags of one argument dataclass, access tokens left out."""
-    values = part.to_dict() if isinstance(part, transformers.TrainingArguments) else vars(part)
+    if isinstance(part, transformers.TrainingArguments):
+        values = part.to_dict()
+    else:
+        values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
     return {k: v for k, v in values.items() if not is_secret(k)}
 
 

@@ -35,6 +35,7 @@ from loralib.glue.folder import (
     prepare_output_dir,
     starts_clear,
 )
+from loralib.glue.heads import agree, trained_head
 from loralib.glue.metrics import compute_metrics, metric_names, to_labels, to_scores
 from loralib.glue.model import adapter_config, load_lora_path
 from loralib.glue.parsing import flag_files
@@ -116,6 +117,12 @@ def start(
         clear = starts_clear(training, checkpoint)
         if clear and not training.overwrite_output_dir:
             logger.warning("%s: a run ended here before its first checkpoint; it starts anew", training.output_dir)
+    model.head = trained_head(model, lora.lora_path, checkpoint if training.do_train else None)
+    if not training.do_train and lora.lora_path and model.head is None:
+        raise InputError(
+            f"lora_path {lora.lora_path} holds no head and {model.model_name_or_path} has none: nothing that could "
+            "answer was trained; give an adapter with its head, or train by --do_train."
+        )
     set_seed(training.seed)
     command = sys.argv if argv is None else [sys.argv[0], *argv]
     if clear:
@@ -125,6 +132,7 @@ def start(
 
 def load_data(training: GlueTrainingArguments, model: ModelArguments, args: DataArguments) -> GlueData:
     """The splits that the run needs, and the task."""
+    known = model.head.as_task() if model.head is not None and not training.do_train else None
     with training.main_process_first(desc="data"):
         data = load(
             task_name=args.task_name,
@@ -149,9 +157,12 @@ def load_data(training: GlueTrainingArguments, model: ModelArguments, args: Data
             max_predict_samples=args.max_predict_samples,
             cache_dir=model.cache_dir,
             token=model.token,
+            known=known,
         )
     if args.predict_scores and not training.do_predict:
         raise InputError("--predict_scores needs --do_predict: it adds columns to the file of predictions.")
+    if model.head is not None:
+        data = agree(data, model.head, training.do_train)
     if args.glue_submission:
         check_submission(args.glue_submission, data.task, training.do_predict)
     if args.heldout_split is not None and training.do_eval:
@@ -268,6 +279,7 @@ def _settings(run: Run, task: Task) -> dict[str, Any]:
     own = {k: v for k, v in vars(lora).items() if k not in ("lora_path", "tb_writter_loginterval")}
     own |= {k: getattr(data, k) for k in ("max_seq_length", "padding", "max_train_samples")}
     # the folder may move, its name is what one recognises
+    own |= {"label_names": None if task.label_names is None else ", ".join(task.label_names)}
     own |= {"task": task.name, "model": Path(model.model_name_or_path).name}
     return own | {"cls_dropout": model.cls_dropout, "attention": model.attention}
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from loralib.adapters.names import places_in
+
 
 @dataclass(frozen=True)
 class Task:
@@ -76,6 +78,15 @@ GLUE: dict[str, Task] = {
              submission={"ax": ("AX.tsv", 1104)}),
     )
 }  # fmt: skip
+
+
+def glue_ids(task: Task) -> list[int]:
+    """For each label id of a GLUE task its id in GLUE's own order: a trained head may have another one."""
+    names, own = task.label_names or (), GLUE[task.name].label_names or ()
+    places = places_in(names, own)
+    if places is None:
+        raise ValueError(f"{names} are not the labels of {task.name}, {own}")
+    return places
 
 
 def task_of_folder(name: str) -> Task | None:

@@ -40,6 +40,8 @@ LATER_ARGUMENTS = ("torch_compile_backend", "torch_compile_mode", "tf32", "full_
 # With a schedule that looks at the evaluations, these decide as well.
 _EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+# Settings that came later: checkpoints without them still resume.
+LATER = frozenset({"label_names"})
 
 
 def argument_settings(args: Any) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any
     Raises:
         InputError: names each setting that differs, with both values.
     """
-    names = ["method"] if saved.get("method") != own.get("method") else sorted({*saved, *own})
+    names = ["method"] if saved.get("method") != own.get("method") else sorted({*saved, *own} - (LATER - {*saved}))
     differing = [_difference(n, saved.get(n), own.get(n)) for n in names if saved.get(n) != own.get(n)]
     if not differing:
         return

@@ -1,0 +1,225 @@
+"""The labels of a trained head are its own: who knows them, and rows whose labels count in the head's order.
+
+Who decides the order, first to last: the config.json of the checkpoint that is resumed, adapter.json, the model's
+config, the task.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Value
+from transformers import PreTrainedConfig
+
+from loralib.adapters.names import placeholders, places_in, unnamed_labels
+from loralib.adapters.reading import ADAPTER_CONFIG, Adapter
+from loralib.adapters.start import output_layer, read_adapter
+from loralib.errors import InputError
+from loralib.glue.data import GlueData
+from loralib.glue.flags import ModelArguments
+from loralib.glue.tasks import GLUE, Task
+
+logger = logging.getLogger(__name__)
+
+MULTI_LABEL = "multi_label_classification"
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """What is known about a head before any data is read.
+
+    source: where it is written, for messages. label_names: in the order of the outputs, None for a regression; names
+    such as LABEL_0 mean nothing but their number. task: name of the task, where it is recorded. multi_label: whether
+    each output is a yes or no of its own. resumed: whether it is that of the checkpoint from which the run goes on.
+    """
+
+    source: str
+    label_names: tuple[str, ...] | None
+    task: str | None = None
+    multi_label: bool = False
+    resumed: bool = False
+
+    def __str__(self) -> str:
+        """The kind and the names in words."""
+        if self.label_names is None:
+            return "a regression"
+        if unnamed_labels(self.label_names):
+            return f"{len(self.label_names)} classes without names"
+        return f"{'several of ' if self.multi_label else ''}the labels {', '.join(self.label_names)}"
+
+    def as_task(self) -> Task:
+        """The task that the head was trained for; the data decide its columns. One of GLUE's keeps its name only with
+        its labels."""
+        own = GLUE.get(self.task or "")
+        if own is not None and fits(self, own):
+            return Task(own.name, (), self.label_names, ())
+        return Task("regression" if self.label_names is None else "classification", (), self.label_names, ())
+
+
+# ---- who knows ----
+
+
+def trained_head(model: ModelArguments, lora_path: str | None, checkpoint: str | None) -> TrainedHead | None:
+    """What is written about the head that a run starts from; None where no trained head is found.
+
+    Raises:
+        InputError: the adapter cannot be read, or its files contradict each other.
+    """
+    if checkpoint is not None:
+        file = Path(checkpoint) / "config.json"
+        config = _json_object(file)
+        if config is not None:
+            return replace(head_of_config(config, str(file)), resumed=True)
+    if lora_path:
+        found = head_of_adapter(read_adapter(lora_path))
+        if found is not None:
+            return found
+    return head_of_model(model)
+
+
+def head_of_adapter(adapter: Adapter) -> TrainedHead | None:
+    """None where the file holds no head.
+
+    Raises:
+        InputError: adapter.json names more or fewer labels than the head has outputs.
+    """
+    head, told = output_layer(adapter.rest), adapter.config.get("label_names", ())
+    if head is None and not (adapter.config.get("head") and told):
+        return None
+    number = len(told or "x") if head is None else adapter.rest[head[0]].shape[0]
+    task = adapter.config.get("task")
+    task = task if isinstance(task, str) else None
+    if told or (told is None and number == 1):
+        file = str(adapter.source / ADAPTER_CONFIG)
+        if len(told or "x") != number:
+            raise InputError(
+                f"{file} names the labels {', '.join(told or ())} and its head has {number} output(s): they are not of "
+                "one run."
+            )
+        return TrainedHead(file, tuple(told) if told else None, task)
+    beside = _json_object(adapter.source / "config.json") if adapter.source.is_dir() else None
+    if beside is not None:
+        found = head_of_config(beside, str(adapter.source / "config.json"))
+        if len(found.label_names or "x") == number:
+            return replace(found, task=task or found.task)
+    return TrainedHead(str(adapter.source), None if number == 1 else placeholders(number), task)
+
+
+def head_of_model(model: ModelArguments) -> TrainedHead | None:
+    """From the config of the model; None for a pretrained body without a classifier, or where no config is found.
+
+    Raises:
+        InputError: --config_name asks for several labels a row.
+    """
+    name = os.path.expanduser(model.model_name_or_path)
+    asked: dict[str, Any] = {"cache_dir": model.cache_dir, "revision": model.model_revision, "token": model.token}
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **asked)
+        named = PreTrainedConfig.get_config_dict(model.config_name, **asked)[0] if model.config_name else config
+    except Exception:  # whatever is wrong with it, load_model says so
+        return None
+    if named is not config and named.get("problem_type") == MULTI_LABEL:
+        raise InputError(f"config_name {model.config_name} has problem_type {MULTI_LABEL}, which is not supported: a "
+                         "row has one label here.")  # fmt: skip
+    if not any(str(a).endswith("ForSequenceClassification") for a in config.get("architectures") or ()):
+        return None
+    head = head_of_config(named, f"the config of {model.config_name or model.model_name_or_path}")
+    record = _json_object(Path(name) / "run.json") or {}
+    return replace(head, task=head.task or (record["task"] if isinstance(record.get("task"), str) else None))
+
+
+def head_of_config(config: Mapping[str, Any], source: str) -> TrainedHead:
+    """From a classifier's config.json as transformers writes it, without id2label where two classes have no names.
+
+    Raises:
+        InputError: id2label does not name the outputs 0, 1 and on, or a regression has several.
+    """
+    number: Any = config.get("num_labels")
+    names = config.get("id2label") or dict(enumerate(placeholders(number if number in range(1, 10**5) else 2)))
+    try:
+        by_id = {int(i): str(name) for i, name in names.items()}
+        ordered = tuple(by_id[i] for i in range(len(by_id)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source} has an id2label that does not name the outputs 0, 1 and on: repair it.") from error
+    kind, task = config.get("problem_type"), config.get("finetuning_task")
+    if kind == "regression" and len(ordered) > 1:
+        raise InputError(
+            f"{source} has problem_type regression with {len(ordered)} outputs: a regression has one here."
+        )
+    regression = len(ordered) == 1 and kind != MULTI_LABEL
+    return TrainedHead(
+        source, None if regression else ordered, task if isinstance(task, str) else None, kind == MULTI_LABEL
+    )
+
+
+def _json_object(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# ---- whether they agree ----
+
+
+def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
+    """The data with labels in the order of the head that the run starts from.
+
+    Where the two are for different labels, training starts a new head, which is said; everything else is refused.
+
+    Raises:
+        InputError: nothing trains or a checkpoint is resumed, and the head is for other labels.
+    """
+    if fits(head, data.task):
+        return _in_order_of(data, head)
+    names = data.task.label_names
+    what = f"{head.source} is of a head for {head} and the data is for " + (
+        "a regression" if names is None else f"the labels {', '.join(names)}"
+    )
+    if head.resumed:
+        raise InputError(f"{what}: go back to its data, name another --output_dir, or start over with "
+                         "--overwrite_output_dir.")  # fmt: skip
+    if not trains:
+        why = f" ({MULTI_LABEL} is not supported)" if head.multi_label else ""
+        raise InputError(f"{what}{why}: give data with the labels that were trained, or train a new head by "
+                         "--do_train.")  # fmt: skip
+    logger.warning("%s: a new head starts", what)
+    return data
+
+
+def fits(head: TrainedHead, task: Task) -> bool:
+    """Whether the head is for the classes of the task, in any order, or for a regression as the task is."""
+    if head.multi_label:
+        return False
+    if head.label_names is None or task.label_names is None:
+        return head.label_names is None and task.label_names is None
+    return places_in(task.label_names, head.label_names) is not None
+
+
+def _in_order_of(data: GlueData, head: TrainedHead) -> GlueData:
+    names, order = data.task.label_names, head.label_names
+    if names is None or order is None or unnamed_labels(order) or names == order:
+        return data
+    places = places_in(names, order)
+    assert places is not None
+    by_number = list(names) == [str(i) for i in range(len(names))]
+    said = "the labels of the data are numbers and count by the index of" if by_number else "the labels have the order"
+    logger.info("%s %s, as in %s", said, ", ".join(order), head.source)
+
+    def moved(rows: Dataset) -> Dataset:
+        if places == sorted(places):
+            return rows
+        labels = [places[i] if i >= 0 else i for i in rows.select_columns(["label"])[:]["label"]]
+        return rows.remove_columns("label").add_column("label", labels, feature=Value("int64"))
+
+    return GlueData(
+        replace(data.task, label_names=order),
+        None if data.train is None else moved(data.train),
+        {name: moved(rows) for name, rows in data.evals.items()},
+        {name: moved(rows) for name, rows in data.tests.items()},
+    )
