@@ -103,6 +103,15 @@ class RankAllocator:
         budget = int(self.target_total + (self.total_rank - self.target_total) * left**3)
         return budget, step % self.mask_interval == 0
 
+    def at_target(self, steps: int) -> bool:
+        """Whether the model after `steps` optimizer steps is one of the final phase, masked to the target budget.
+
+        The final phase begins with step T - t_f. Between two masks the values that were zeroed grow again, so that the
+        last of the steps must have masked.
+        """
+        last = steps - 1
+        return last >= self.total_step - self.final_warmup and self.schedule(last) == (self.target_total, True)
+
     @torch.no_grad()
     def step(self, step: int, gradients_valid: bool = True) -> bool:
         """Update importance and mask what falls out of the budget.

@@ -40,8 +40,10 @@ def flags(tmp_path: Path, tiny_model_dir: Path) -> list[str]:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = json.loads((tiny_model_dir / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pooler_dropout": 0.0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    usual = f"--model_name_or_path {tiny_model_dir} --config_name {tmp_path} --train_file {tmp_path / 'rows.jsonl'} "
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config))
+    usual = f"--model_name_or_path {tiny_model_dir} --config_name {tmp_path / 'config'} "
+    usual += f"--train_file {tmp_path / 'rows.jsonl'} "
     usual += f"--validation_file {tmp_path / 'rows.jsonl'} --output_dir {tmp_path / 'out'} --do_train --do_eval "
     usual += "--apply_lora --lora_r 2 --lora_alpha 4 --max_seq_length 24 --max_steps 6 --use_cpu --disable_tqdm 1 "
     usual += "--report_to none --per_device_train_batch_size 8 --learning_rate 0.01 --logging_steps 1 "

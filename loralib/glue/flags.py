@@ -209,6 +209,13 @@ class GlueTrainingArguments(TrainingArguments):
         "class in the order of the label names; evaluation losses are not weighted.",
     )
 
+    early_stopping_patience: int | None = flag(
+        None,
+        "Stop after this many evaluations in a row that do not improve metric_for_best_model; with AdaLoRA only those "
+        "at the target budget count, with SoRA's schedule those of the last stage.",
+    )
+    early_stopping_threshold: float | None = flag(None, "An improvement is more than this; 0 where not given.")
+
     # The stock filter hides a NaN loss and synchronises at each step; the trainer watches the loss itself.
     logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the logs (not advised).")
     # All trainable parameters take part in each step and no buffer changes.
@@ -255,12 +262,34 @@ class GlueTrainingArguments(TrainingArguments):
             self.greater_is_better = False  # the stock rule knows that of losses alone
         super().__post_init__()
         check_after(self)
+        self._check_early_stopping()
         if self.device.type == "cpu":  # nothing to pin for; the loader would warn
             self.dataloader_pin_memory = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What training_args.bin holds: everything but access tokens."""
         return {name: None if is_secret(name) else value for name, value in vars(self).items()}
+
+    def _check_early_stopping(self) -> None:
+        """The asserts of the stock callback, as sentences."""
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        if patience is None:
+            if threshold is not None:
+                raise InputError("--early_stopping_threshold needs --early_stopping_patience, a number of evaluations.")
+            return
+        if patience < 1:
+            raise InputError(f"early_stopping_patience is {patience}, it must be 1 or more.")
+        if threshold is not None and threshold < 0:
+            raise InputError(f"early_stopping_threshold is {threshold}, it must be 0 or more.")
+        if not self.do_train:
+            return
+        if self.eval_strategy == "no":
+            raise InputError("--early_stopping_patience needs evaluations: give --eval_strategy epoch or steps.")
+        if self.metric_for_best_model is None:
+            raise InputError(
+                "--early_stopping_patience needs --metric_for_best_model, the name of a score or loss; "
+                "--load_best_model_at_end alone takes the loss."
+            )
 
 
 def _refuse_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -41,6 +41,7 @@ from loralib.glue.model import adapter_config, load_lora_path
 from loralib.glue.parsing import flag_files
 from loralib.glue.predictions import check_submission, has_labels, write_predictions, write_submission
 from loralib.glue.record import write_run
+from loralib.glue.stopping import check_early_stopping, early_stopping
 from loralib.glue.tasks import Task
 from loralib.glue.tokens import check_vocabulary, collator, pad_on_the_right, row_length, tokenize
 from loralib.glue.training_flags import check_compiler
@@ -103,6 +104,8 @@ def start(
         raise InputError("nothing to do: give --do_train, --do_eval or --do_predict.")
     if not lora.apply_lora and (lora.lora_r or lora.lora_alpha):
         logger.warning("--lora_r or --lora_alpha is given without --apply_lora: this is full fine-tuning")
+    if training.early_stopping_patience is not None and not training.do_train:
+        logger.warning("--early_stopping_patience has no effect without --do_train")
     if not training.do_train and lora.apply_lora and not lora.lora_path:
         logger.warning("neither --do_train nor --lora_path is given: low-rank factors and head are untrained")
     there = transformers.integrations.get_available_reporting_integrations()
@@ -281,11 +284,15 @@ def _settings(run: Run, task: Task) -> dict[str, Any]:
     # the folder may move, its name is what one recognises
     own |= {"label_names": None if task.label_names is None else ", ".join(task.label_names)}
     own |= {"task": task.name, "model": Path(model.model_name_or_path).name}
+    if run.training.early_stopping_patience is not None:
+        names = ("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model", "greater_is_better")
+        own |= {name: getattr(run.training, name) for name in names}
     return own | {"cls_dropout": model.cls_dropout, "attention": model.attention}
 
 
 def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *lines: str) -> None:
     """Clear the folder where that was asked for, and say what will happen, in a few lines (ledger D4, D5)."""
+    check_early_stopping(trainer)
     clear_output_dir(run)
     args, counts = run.training, parameters(trainer.model)
     logger.info("method: %s", method)
@@ -365,6 +372,8 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
 def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics: dict[str, Any]) -> None:
     args = run.training
     trainer.add_callback(WatchCallback(trainer, data.evals.get(HELDOUT)))
+    if (stopping := early_stopping(trainer)) is not None:
+        trainer.add_callback(stopping)
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=run.checkpoint)
         trainer.save_model(_internal_call=True)  # any other call would send the folder to the hub here and now

@@ -79,7 +79,9 @@ def start_stage(run: Run, number: int, epochs: float | None) -> Run:
     """
     clear_output_dir(run)
     folder = Path(run.training.output_dir) / f"stage-{number}"
-    training = _with_epochs(run.training, number, epochs, output_dir=str(folder), do_predict=False, push_to_hub=False)
+    off: dict[str, Any] = {"do_predict": False, "push_to_hub": False}
+    off |= {"early_stopping_patience": None, "early_stopping_threshold": None}  # every stage has its full length
+    training = _with_epochs(run.training, number, epochs, output_dir=str(folder), **off)
     if training.process_index == 0:
         lock(folder)
     found = whole_checkpoint(folder)
