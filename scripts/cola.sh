@@ -4,127 +4,75 @@
 # AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
 # RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
 # "not stated": the source of the method is silent on this task; what stands after it is where the value is from.
-# shellcheck disable=SC2034 # entry, batch and flags are read by launch.sh
+# launch.sh knows each method's entry point and the flags that name it.
+# shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
+# LoRA, AdaLoRA and RM-LoRA share these: they are AdaLoRA's, and the sources of the others state none for this task.
+shared=(
+    --learning_rate 5e-4  # AdaLoRA Table 8
+    --num_train_epochs 25 # AdaLoRA Table 8
+    --warmup_steps 100    # AdaLoRA's script
+    --max_seq_length 64   # AdaLoRA's script
+    --cls_dropout 0.10    # AdaLoRA's script
+    --weight_decay 0      # AdaLoRA's script
+)
+
 settings() { # METHOD
+    batch=32 # AdaLoRA Table 8, RM-LoRA's README for MRPC, SoRA's RTE script; LoRA and full: not stated
     case "$1" in
-    lora)
-        entry=AdaLoRA/run_glue.py
-        batch=32 # not stated: AdaLoRA Table 8
-        flags=(
-            --apply_lora --lora_type frd
-            --lora_r 8                          # AdaLoRA Table 1, row LoRA r=8
-            --lora_alpha 32                     # not stated: AdaLoRA's script
-            --learning_rate 5e-4                # not stated: AdaLoRA Table 8
-            --num_train_epochs 25               # not stated: AdaLoRA Table 8
-            --warmup_steps 100                  # not stated: AdaLoRA's script
-            --max_seq_length 64                 # not stated: AdaLoRA's script
-            --cls_dropout 0.10                  # not stated: AdaLoRA's script
-            --weight_decay 0                    # not stated: AdaLoRA's script
-        )
-        ;;
-    lora-orth)
-        entry=AdaLoRA/run_glue.py
-        batch=32 # not stated: AdaLoRA Table 8
-        flags=(
-            --apply_lora --lora_type frd
-            --lora_r 8                          # not stated: as lora above
-            --lora_alpha 32                     # not stated: AdaLoRA's script
-            --reg_orth_coef 0.5                 # not stated: AdaLoRA's gamma, Table 8
-            --learning_rate 5e-4                # not stated: AdaLoRA Table 8
-            --num_train_epochs 25               # not stated: AdaLoRA Table 8
-            --warmup_steps 100                  # not stated: AdaLoRA's script
-            --max_seq_length 64                 # not stated: AdaLoRA's script
-            --cls_dropout 0.10                  # not stated: AdaLoRA's script
-            --weight_decay 0                    # not stated: AdaLoRA's script
-        )
-        ;;
-    adalora)
-        entry=AdaLoRA/run_glue.py
-        batch=32 # AdaLoRA Table 8
-        flags=(
-            --apply_lora --lora_type svd --apply_adalora
-            --lora_r 12                         # AdaLoRA Table 1, 1.27M: 1.5 x the target
-            --target_rank 8                     # AdaLoRA Table 1, 1.27M
-            --lora_alpha 32                     # AdaLoRA's script (whose initial rank is smaller)
-            --reg_orth_coef 0.5                 # AdaLoRA Table 8, gamma
-            --init_warmup 800                   # AdaLoRA Table 8, t_i
-            --final_warmup 3500                 # AdaLoRA Table 8, t_f
-            --mask_interval 10                  # AdaLoRA Table 8, Delta_T
-            --beta1 0.85 --beta2 0.85           # AdaLoRA Table 8
-            --learning_rate 5e-4                # AdaLoRA Table 8
-            --num_train_epochs 25               # AdaLoRA Table 8
-            --warmup_steps 100                  # AdaLoRA's script
-            --max_seq_length 64                 # AdaLoRA's script
-            --cls_dropout 0.10                  # AdaLoRA's script
-            --weight_decay 0                    # AdaLoRA's script
-        )
-        ;;
-    sora)
-        entry=SoRA/run_glue.py
-        batch=32 # not stated: SoRA's RTE script
-        flags=(
-            --apply_lora --train_sparse
-            --lora_r 8                          # not stated: SoRA's STS-B script
-            --lora_alpha 16                     # not stated: SoRA's STS-B script
-            --sparse_lambda 1e-3                # not stated: SoRA's RTE script
-            --sparse_lambda_2 1.9e-4            # not stated: SoRA's STS-B script has 3e-4 at learning rate 8e-4; here 5e-4
-            --learning_rate 5e-4                # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
-            --num_train_epochs 25               # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
-            --max_seq_length 64                 # not stated: AdaLoRA's script
-            --warmup_ratio 0.06                 # SoRA's scripts
-            --weight_decay 0.1                  # SoRA's scripts
-            --max_grad_norm 0.1                 # SoRA's scripts
-        )
-        ;;
-    rm-lora-v1)
-        entry=RM-LoRA/run_glue.py
-        batch=32 # not stated: RM-LoRA's README for MRPC
-        flags=(
-            --apply_lora --lora_type v1
-            --lora_r 4                          # not stated: RM-LoRA's README for MRPC
-            --random_rank 2                     # not stated: RM-LoRA's README for MRPC
-            --lora_alpha 16                     # not stated: RM-LoRA's README for MRPC
-            --reg_orth_coef 0.1                 # not stated: RM-LoRA's README for MRPC
-            --learning_rate 5e-4                # not stated: AdaLoRA Table 8
-            --num_train_epochs 25               # not stated: AdaLoRA Table 8
-            --warmup_steps 100                  # not stated: AdaLoRA's script
-            --max_seq_length 64                 # not stated: AdaLoRA's script
-            --cls_dropout 0.10                  # not stated: AdaLoRA's script
-            --weight_decay 0                    # not stated: AdaLoRA's script
-        )
-        ;;
-    rm-lora-v2)
-        entry=RM-LoRA/run_glue.py
-        batch=32 # not stated: RM-LoRA's README for MRPC
-        flags=(
-            --apply_lora --lora_type v2
-            --lora_r 8                          # not stated: RM-LoRA's script for MRPC
-            --random_rank 4                     # not stated: RM-LoRA's script for MRPC
-            --lora_alpha 32                     # not stated: RM-LoRA's script for MRPC
-            --reg_orth_coef 0.1                 # not stated: RM-LoRA's README for MRPC
-            --learning_rate 5e-4                # not stated: AdaLoRA Table 8
-            --num_train_epochs 25               # not stated: AdaLoRA Table 8
-            --warmup_steps 100                  # not stated: AdaLoRA's script
-            --max_seq_length 64                 # not stated: AdaLoRA's script
-            --cls_dropout 0.10                  # not stated: AdaLoRA's script
-            --weight_decay 0                    # not stated: AdaLoRA's script
-        )
-        ;;
-    full)
-        entry=AdaLoRA/run_glue.py
-        batch=32 # not stated: AdaLoRA Table 8
-        flags=(
-            --learning_rate 2e-5                # not stated: the model card of deberta-v3-base (MNLI)
-            --num_train_epochs 10               # not stated: usual for GLUE's small sets
-            --warmup_ratio 0.1                  # not stated: usual for BERT-like models
-            --max_seq_length 64                 # not stated: AdaLoRA's script
-            --cls_dropout 0.10                  # not stated: AdaLoRA's script
-            --weight_decay 0.01                 # not stated: usual for BERT-like models
-        )
-        ;;
+    lora) flags=(
+        --lora_r 8      # AdaLoRA Table 1, row LoRA r=8
+        --lora_alpha 32 # not stated: AdaLoRA's script
+        "${shared[@]}") ;;
+    lora-orth) flags=(
+        --lora_r 8          # not stated: as lora above
+        --lora_alpha 32     # not stated: AdaLoRA's script
+        --reg_orth_coef 0.5 # not stated: AdaLoRA's gamma, Table 8
+        "${shared[@]}") ;;
+    adalora) flags=(
+        --lora_r 12               # AdaLoRA Table 1, 1.27M: 1.5 x the target
+        --target_rank 8           # AdaLoRA Table 1, 1.27M
+        --lora_alpha 32           # AdaLoRA's script (whose initial rank is smaller)
+        --reg_orth_coef 0.5       # AdaLoRA Table 8, gamma
+        --init_warmup 800         # AdaLoRA Table 8, t_i
+        --final_warmup 3500       # AdaLoRA Table 8, t_f
+        --mask_interval 10        # AdaLoRA Table 8, Delta_T
+        --beta1 0.85 --beta2 0.85 # AdaLoRA Table 8
+        "${shared[@]}") ;;
+    sora) flags=(
+        --lora_r 8               # not stated: SoRA's STS-B script
+        --lora_alpha 16          # not stated: SoRA's STS-B script
+        --sparse_lambda 1e-3     # not stated: SoRA's RTE script
+        --sparse_lambda_2 1.9e-4 # not stated: SoRA's STS-B script has 3e-4 at learning rate 8e-4; here 5e-4
+        --learning_rate 5e-4     # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
+        --num_train_epochs 25    # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
+        --max_seq_length 64      # not stated: AdaLoRA's script
+        --warmup_ratio 0.06      # SoRA's scripts
+        --weight_decay 0.1       # SoRA's scripts
+        --max_grad_norm 0.1      # SoRA's scripts
+        ) ;;
+    rm-lora-v1) flags=(
+        --lora_r 4          # not stated: RM-LoRA's README for MRPC
+        --random_rank 2     # not stated: RM-LoRA's README for MRPC
+        --lora_alpha 16     # not stated: RM-LoRA's README for MRPC
+        --reg_orth_coef 0.1 # not stated: RM-LoRA's README for MRPC
+        "${shared[@]}") ;;
+    rm-lora-v2) flags=(
+        --lora_r 8          # not stated: RM-LoRA's script for MRPC
+        --random_rank 4     # not stated: RM-LoRA's script for MRPC
+        --lora_alpha 32     # not stated: RM-LoRA's script for MRPC
+        --reg_orth_coef 0.1 # not stated: RM-LoRA's README for MRPC
+        "${shared[@]}") ;;
+    full) flags=(
+        --learning_rate 2e-5  # not stated: the model card of deberta-v3-base (MNLI)
+        --num_train_epochs 10 # not stated: usual for GLUE's small sets
+        --warmup_ratio 0.1    # not stated: usual for BERT-like models
+        --max_seq_length 64   # not stated: AdaLoRA's script
+        --cls_dropout 0.10    # not stated: AdaLoRA's script
+        --weight_decay 0.01   # not stated: usual for BERT-like models
+        ) ;;
     esac
 }
 

@@ -4,7 +4,7 @@
 #
 # METHOD: lora, lora-orth, adalora, sora, rm-lora-v1, rm-lora-v2, full; `all` runs these one after the other; or the path
 # of an entry point of your own, which gets the data, seed, batch and folder below and FLAGS, nothing else. With
-# `--like METHOD` first among FLAGS it also gets the settings of that method, but for the --lora_type that names it.
+# `--like METHOD` first among FLAGS it also gets --apply_lora and the task's settings of that method.
 # FLAGS override what the script says. From the environment:
 #   MODEL   folder or hub name of the model (default microsoft/deberta-v3-base)
 #   DATA    folder with the task's data, or with a folder a task; without it the data come from the hub
@@ -24,6 +24,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" # root, die, setup_env
 here="$PWD"
 task="$(basename "${BASH_SOURCE[1]}" .sh)"
 methods=(lora lora-orth adalora sora rm-lora-v1 rm-lora-v2 full)
+
+# The entry point of each method, and the flags that name the method there.
+declare -A entries=([lora]=AdaLoRA [lora-orth]=AdaLoRA [adalora]=AdaLoRA [sora]=SoRA [rm-lora-v1]=RM-LoRA
+    [rm-lora-v2]=RM-LoRA [full]=AdaLoRA)
+declare -A named=([lora]="--apply_lora --lora_type frd" [lora-orth]="--apply_lora --lora_type frd"
+    [adalora]="--apply_lora --lora_type svd --apply_adalora" [sora]="--apply_lora --train_sparse"
+    [rm-lora-v1]="--apply_lora --lora_type v1" [rm-lora-v2]="--apply_lora --lora_type v2" [full]="")
 
 # What every method of every task gets. Evaluation once an epoch; checkpoints at every 500th step, from which a run that
 # was cut off goes on.
@@ -101,8 +108,8 @@ finished() {
 
 run() { # METHOD FLAGS...
     local method="$1" label="$1" visible share nodes="${NNODES:-1}" count accumulate output overwrite per_device
-    local entry batch=32 like="" word
-    local -a flags=() own=() launcher=() kept=()
+    local entry batch=32 like
+    local -a flags=() own=() launcher=()
     shift
     if [[ -f "$here/$method" || ("$method" == /* && -f "$method") ]]; then # an entry point of one's own
         entry="$method"
@@ -114,18 +121,7 @@ run() { # METHOD FLAGS...
             [[ " ${methods[*]} " == *" $like "* ]] || die "--like '$like' is no method: use one of ${methods[*]}."
             shift 2
             settings "$like"
-            entry="$method"
-            [[ "$method" == /* ]] || entry="$here/$method"
-            for word in "${flags[@]}"; do
-                if [[ "$word" == --lora_type ]]; then
-                    like=drop
-                elif [[ "$like" == drop ]]; then
-                    like=kept
-                else
-                    kept+=("$word")
-                fi
-            done
-            flags=("${kept[@]}")
+            [[ "$like" == full ]] || flags=(--apply_lora "${flags[@]}")
         else
             common=(--do_train --do_eval)
         fi
@@ -133,7 +129,9 @@ run() { # METHOD FLAGS...
         [[ " ${methods[*]} " == *" $method "* ]] ||
             die "'$method' is not a method of scripts/$task.sh: use one of ${methods[*]}, all, or the path of an entry point."
         settings "$method"
-        entry="$root/$entry"
+        # shellcheck disable=SC2206 # words
+        flags=(${named[$method]} "${flags[@]}")
+        entry="$root/${entries[$method]}/run_glue.py"
     fi
 
     visible="$(gpus "$@")"

@@ -4,124 +4,85 @@
 # AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
 # RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
 # "not stated": the source of the method is silent on this task; what stands after it is where the value is from.
-# shellcheck disable=SC2034 # entry, batch and flags are read by launch.sh
+# launch.sh knows each method's entry point and the flags that name it.
+# shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
+# LoRA and AdaLoRA share these: they are AdaLoRA's, and LoRA's source states none.
+shared=(
+    --learning_rate 1e-3  # AdaLoRA Table 8
+    --num_train_epochs 30 # AdaLoRA Table 8
+    --warmup_ratio 0.1    # AdaLoRA's script
+    --max_seq_length 320  # AdaLoRA's script
+    --cls_dropout 0       # AdaLoRA's script
+    --weight_decay 0.01   # AdaLoRA's script
+)
+
 settings() { # METHOD
+    batch=32 # AdaLoRA Table 8, RM-LoRA's README, SoRA's RTE script; LoRA and full: not stated
     case "$1" in
-    lora)
-        entry=AdaLoRA/run_glue.py
-        batch=32 # not stated: AdaLoRA Table 8
-        flags=(
-            --apply_lora --lora_type frd
-            --lora_r 8                          # AdaLoRA Table 1, row LoRA r=8
-            --lora_alpha 32                     # not stated: AdaLoRA's script
-            --learning_rate 1e-3                # not stated: AdaLoRA Table 8
-            --num_train_epochs 30               # not stated: AdaLoRA Table 8
-            --warmup_ratio 0.1                  # not stated: AdaLoRA's script
-            --max_seq_length 320                # not stated: AdaLoRA's script
-            --cls_dropout 0                     # not stated: AdaLoRA's script
-            --weight_decay 0.01                 # not stated: AdaLoRA's script
-        )
-        ;;
-    lora-orth)
-        entry=AdaLoRA/run_glue.py
-        batch=32 # not stated: AdaLoRA Table 8
-        flags=(
-            --apply_lora --lora_type frd
-            --lora_r 8                          # not stated: as lora above
-            --lora_alpha 32                     # not stated: AdaLoRA's script
-            --reg_orth_coef 0.1                 # not stated: AdaLoRA's gamma, Table 8
-            --learning_rate 1e-3                # not stated: AdaLoRA Table 8
-            --num_train_epochs 30               # not stated: AdaLoRA Table 8
-            --warmup_ratio 0.1                  # not stated: AdaLoRA's script
-            --max_seq_length 320                # not stated: AdaLoRA's script
-            --cls_dropout 0                     # not stated: AdaLoRA's script
-            --weight_decay 0.01                 # not stated: AdaLoRA's script
-        )
-        ;;
-    adalora)
-        entry=AdaLoRA/run_glue.py
-        batch=32 # AdaLoRA Table 8
-        flags=(
-            --apply_lora --lora_type svd --apply_adalora
-            --lora_r 12                         # AdaLoRA Table 1, 1.27M: 1.5 x the target
-            --target_rank 8                     # AdaLoRA Table 1, 1.27M
-            --lora_alpha 32                     # AdaLoRA's script (whose initial rank is smaller)
-            --reg_orth_coef 0.1                 # AdaLoRA Table 8, gamma
-            --init_warmup 600                   # AdaLoRA Table 8, t_i
-            --final_warmup 1800                 # AdaLoRA Table 8, t_f
-            --mask_interval 1                   # AdaLoRA Table 8, Delta_T
-            --beta1 0.85 --beta2 0.85           # AdaLoRA Table 8
-            --learning_rate 1e-3                # AdaLoRA Table 8
-            --num_train_epochs 30               # AdaLoRA Table 8
-            --warmup_ratio 0.1                  # AdaLoRA's script
-            --max_seq_length 320                # AdaLoRA's script
-            --cls_dropout 0                     # AdaLoRA's script
-            --weight_decay 0.01                 # AdaLoRA's script
-        )
-        ;;
+    lora) flags=(
+        --lora_r 8      # AdaLoRA Table 1, row LoRA r=8
+        --lora_alpha 32 # not stated: AdaLoRA's script
+        "${shared[@]}") ;;
+    lora-orth) flags=(
+        --lora_r 8          # not stated: as lora above
+        --lora_alpha 32     # not stated: AdaLoRA's script
+        --reg_orth_coef 0.1 # not stated: AdaLoRA's gamma, Table 8
+        "${shared[@]}") ;;
+    adalora) flags=(
+        --lora_r 12               # AdaLoRA Table 1, 1.27M: 1.5 x the target
+        --target_rank 8           # AdaLoRA Table 1, 1.27M
+        --lora_alpha 32           # AdaLoRA's script (whose initial rank is smaller)
+        --reg_orth_coef 0.1       # AdaLoRA Table 8, gamma
+        --init_warmup 600         # AdaLoRA Table 8, t_i
+        --final_warmup 1800       # AdaLoRA Table 8, t_f
+        --mask_interval 1         # AdaLoRA Table 8, Delta_T
+        --beta1 0.85 --beta2 0.85 # AdaLoRA Table 8
+        "${shared[@]}") ;;
     sora)
         # RM-LoRA's README trains SoRA on MRPC with r 16, alpha 32, sparse_lambda 0, sparse_lambda_2 5e-3 and 5 epochs
         # (the quickstart's settings). There each step's threshold exceeds the learning rate, so that a gate which starts
         # below 575 steps x 5e-3 = 2.9 ends at 0 and stays there: SoRA's own scripts are followed instead.
-        entry=SoRA/run_glue.py
-        batch=32 # not stated: SoRA's RTE script
         flags=(
-            --apply_lora --train_sparse
-            --lora_r 8                          # not stated: SoRA's STS-B script
-            --lora_alpha 16                     # not stated: SoRA's STS-B script
-            --sparse_lambda 1e-3                # not stated: SoRA's RTE script
-            --sparse_lambda_2 3e-4              # not stated: SoRA's STS-B script
-            --learning_rate 1e-3                # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
-            --num_train_epochs 30               # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
-            --max_seq_length 320                # not stated: AdaLoRA's script
-            --warmup_ratio 0.06                 # SoRA's scripts
-            --weight_decay 0.1                  # SoRA's scripts
-            --max_grad_norm 0.1                 # SoRA's scripts
-        )
-        ;;
-    rm-lora-v1)
-        entry=RM-LoRA/run_glue.py
-        batch=32 # RM-LoRA's README
-        flags=(
-            --apply_lora --lora_type v1
-            --lora_r 4                          # RM-LoRA's README
-            --random_rank 2                     # RM-LoRA's README
-            --lora_alpha 16                     # RM-LoRA's README
-            --reg_orth_coef 0.1                 # RM-LoRA's README
-            --learning_rate 1e-3                # RM-LoRA's README
-            --num_train_epochs 5                # RM-LoRA's README; the methods above train for 30
-            --max_seq_length 128                # RM-LoRA's README
-        )
-        ;;
-    rm-lora-v2)
-        entry=RM-LoRA/run_glue.py
-        batch=32 # RM-LoRA's README
-        flags=(
-            --apply_lora --lora_type v2
-            --lora_r 8                          # RM-LoRA's script
-            --random_rank 4                     # RM-LoRA's script
-            --lora_alpha 32                     # RM-LoRA's script
-            --reg_orth_coef 0.1                 # RM-LoRA's README
-            --learning_rate 1e-3                # RM-LoRA's README
-            --num_train_epochs 5                # RM-LoRA's README; the methods above train for 30
-            --max_seq_length 128                # RM-LoRA's README
-        )
-        ;;
-    full)
-        entry=AdaLoRA/run_glue.py
-        batch=32 # not stated: AdaLoRA Table 8
-        flags=(
-            --learning_rate 2e-5                # not stated: the model card of deberta-v3-base (MNLI)
-            --num_train_epochs 10               # not stated: usual for GLUE's small sets
-            --warmup_ratio 0.1                  # not stated: usual for BERT-like models
-            --max_seq_length 320                # not stated: AdaLoRA's script
-            --cls_dropout 0                     # not stated: AdaLoRA's script
-            --weight_decay 0.01                 # not stated: usual for BERT-like models
-        )
-        ;;
+        --lora_r 8             # not stated: SoRA's STS-B script
+        --lora_alpha 16        # not stated: SoRA's STS-B script
+        --sparse_lambda 1e-3   # not stated: SoRA's RTE script
+        --sparse_lambda_2 3e-4 # not stated: SoRA's STS-B script
+        --learning_rate 1e-3   # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
+        --num_train_epochs 30  # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
+        --max_seq_length 320   # not stated: AdaLoRA's script
+        --warmup_ratio 0.06    # SoRA's scripts
+        --weight_decay 0.1     # SoRA's scripts
+        --max_grad_norm 0.1    # SoRA's scripts
+        ) ;;
+    rm-lora-v1) flags=(
+        --lora_r 4           # RM-LoRA's README
+        --random_rank 2      # RM-LoRA's README
+        --lora_alpha 16      # RM-LoRA's README
+        --reg_orth_coef 0.1  # RM-LoRA's README
+        --learning_rate 1e-3 # RM-LoRA's README
+        --num_train_epochs 5 # RM-LoRA's README; the methods above train for 30
+        --max_seq_length 128 # RM-LoRA's README
+        ) ;;
+    rm-lora-v2) flags=(
+        --lora_r 8           # RM-LoRA's script
+        --random_rank 4      # RM-LoRA's script
+        --lora_alpha 32      # RM-LoRA's script
+        --reg_orth_coef 0.1  # RM-LoRA's README
+        --learning_rate 1e-3 # RM-LoRA's README
+        --num_train_epochs 5 # RM-LoRA's README; the methods above train for 30
+        --max_seq_length 128 # RM-LoRA's README
+        ) ;;
+    full) flags=(
+        --learning_rate 2e-5  # not stated: the model card of deberta-v3-base (MNLI)
+        --num_train_epochs 10 # not stated: usual for GLUE's small sets
+        --warmup_ratio 0.1    # not stated: usual for BERT-like models
+        --max_seq_length 320  # not stated: AdaLoRA's script
+        --cls_dropout 0       # not stated: AdaLoRA's script
+        --weight_decay 0.01   # not stated: usual for BERT-like models
+        ) ;;
     esac
 }
 
