@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
-# bash scripts/test.sh [--oldest] [PYTEST ARGUMENTS]: the environment with the test tools, then ruff, mypy and pytest.
-# --oldest: the same with the oldest supported versions, in an environment of its own.
+# bash scripts/test.sh [--oldest | --newest] [PYTEST ARGUMENTS]: the environment with the test tools, then ruff, mypy and
+# pytest.
+# --oldest: the same with the oldest supported versions, in an environment of its own. Its torch comes with CUDA's
+#   libraries, 5 GB on disk in all, so run it by hand: before a release, and when a lower end in setup.py changes.
+# --newest: the same with the newest versions that setup.py allows, made anew at each call; as large. Run it by hand when
+#   torch or transformers have a new version. In both, ruff and mypy are left out: the pinned versions judge the code.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 venv=.venv constraints=constraints.txt
-if [[ "${1:-}" == --oldest ]]; then
-    shift
-    venv=.venv-oldest constraints=constraints-oldest.txt
-fi
+case "${1:-}" in
+    --oldest) shift; venv=.venv-oldest constraints=constraints-oldest.txt ;;
+    --newest)
+        shift
+        venv=.venv-newest constraints=/dev/null
+        rm -rf "${root:?}/$venv" # pip upgrades nothing that is there
+        ;;
+esac
 setup_env "$venv" "[test]" "$constraints" pytest hypothesis ruff mypy peft
 cd "$root"
-"$python" -m ruff check . || die "ruff found what is listed above: 'ruff check --fix .' repairs most of it."
-"$python" -m ruff format --check . || die "the files above are not formatted: run 'ruff format .'."
-"$python" -m mypy loralib || die "mypy found the type errors listed above."
+if [[ "$venv" == .venv ]]; then
+    "$python" -m ruff check . || die "ruff found what is listed above: 'ruff check --fix .' repairs most of it."
+    "$python" -m ruff format --check . || die "the files above are not formatted: run 'ruff format .'."
+    "$python" -m mypy loralib || die "mypy found the type errors listed above."
+fi
 exec "$python" -m pytest "$@"

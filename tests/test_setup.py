@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import venv
+import zipfile
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -51,6 +54,13 @@ def test_every_range_begins_where_the_oldest_set_is() -> None:
             (start,) = (s.version for s in requirement.specifier if s.operator == ">=")
             pin = oldest[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(pin) and f"{pin}.".startswith(f"{start}."), (requirement, pin)
+
+
+def test_ranges_end_below_the_next_major_version() -> None:
+    """A minor version that nobody has tried yet can be installed: what it may not drop is a test of its own."""
+    for name, allowed, not_allowed in (("torch", "2.99", "3.0"), ("transformers", "5.99", "6.0")):
+        (requirement,) = (r for r in declared()[""] if r.name == name)
+        assert requirement.specifier.contains(allowed) and not requirement.specifier.contains(not_allowed)
 
 
 def test_pins_fit_each_other() -> None:
@@ -225,3 +235,55 @@ def test_table_reads_the_runs_and_names_missing_ones(
     with pytest.raises(SystemExit):
         quickstart_table.main([str(tmp_path), str(tmp_path / "none")])
     assert f"no run.json in {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+# ---- the wheel ----
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The distribution as `pip wheel` builds it, from a copy of the clone: nothing is built in the clone itself."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "loralib", folder / "loralib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    build = "from setuptools import build_meta; print('\\n' + build_meta.build_wheel('.'))"
+    run = subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return folder / run.stdout.splitlines()[-1]
+
+
+def test_the_wheel_holds_every_module(wheel: Path) -> None:
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "loralib").rglob("*.py")}
+    assert wanted | {"loralib/py.typed"} <= held
+    others = {name for name in held if not name.startswith("loralib/") and ".dist-info/" not in name}
+    assert not others, "a wheel that brings other top-level names would hide a user's own"
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_outside_of_the_clone(
+    wheel: Path, tmp_path: Path, tiny_model_dir: Path, mrpc_dir: Path
+) -> None:
+    """In an environment of its own, where nothing but the wheel and the libraries can be imported."""
+    venv.create(tmp_path / "env", with_pip=False)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)  # what installing a wheel of Python files does
+    libraries = [p for p in sys.path if p.endswith("site-packages") and not Path(p, "loralib").exists()]
+    (site / "libraries.pth").write_text("\n".join(libraries))
+    shutil.copy(ROOT / "AdaLoRA" / "run_glue.py", tmp_path / "train.py")
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    python = str(tmp_path / "env" / "bin" / "python")
+    every = (
+        "import loralib, pkgutil, importlib; print(loralib.__file__); [importlib.import_module(m.name) for m in "
+        "pkgutil.walk_packages(loralib.__path__, 'loralib.')]"
+    )
+    run = subprocess.run([python, "-c", every], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith(str(site)), run.stderr
+    flags = f"--model_name_or_path {tiny_model_dir} --dataset_name {mrpc_dir} --output_dir out --do_train --do_eval "
+    flags += "--apply_lora --lora_r 2 --lora_alpha 4 --max_steps 2 --max_seq_length 32 --use_cpu"
+    run = subprocess.run([python, "train.py", *flags.split()], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "finished" and record["commit"] is None
+    assert (tmp_path / "out" / "adapter.safetensors").exists()

@@ -229,8 +229,8 @@ class FastSelfAttention(DisentangledSelfAttention):
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             )
-        where, distance = relative_pos[:3], relative_pos.distance
-        length, span = relative_pos.masked.shape[-1], self.pos_ebd_size
+        masked, tokens, slots, distance = relative_pos  # unpacked: the compiler of torch 2.8 cannot slice it
+        length, span = masked.shape[-1], self.pos_ebd_size
         c2p, p2c = "c2p" in self.pos_att_type, "p2c" in self.pos_att_type
         states = hidden_states.view(-1, hidden_states.shape[-1])
         asking = states if query_states is None else query_states.reshape(-1, hidden_states.shape[-1])
@@ -259,7 +259,7 @@ class FastSelfAttention(DisentangledSelfAttention):
 
         dropout = self.dropout.p if self.training else 0.0
         attend = _BandedAttention.apply if query_states is None else _first_token_attention
-        context = attend(query, key, value, pos_k, pos_q, *where, self.score_scale, dropout)
+        context = attend(query, key, value, pos_k, pos_q, masked, tokens, slots, self.score_scale, dropout)
         return context.reshape(*(hidden_states if query_states is None else query_states).shape[:-1], -1), None
 
     def _heads(self, x: Tensor) -> Tensor:
