@@ -22,10 +22,11 @@ LEANED_ON = {
     "argparse.ArgumentParser": "_actions",
     "accelerate.utils": "DynamoBackend GradientAccumulationPlugin",
     "torch": """
-        _dynamo _foreach_abs _foreach_abs_ _foreach_add_ _foreach_addcdiv_ _foreach_addcmul_ _foreach_clamp_min_
+        _C _dynamo _foreach_abs _foreach_abs_ _foreach_add_ _foreach_addcdiv_ _foreach_addcmul_ _foreach_clamp_min_
         _foreach_copy_ _foreach_lerp_ _foreach_mul _foreach_mul_ _foreach_norm _foreach_sign _foreach_sqrt
         _foreach_sub _foreach_sub_ _foreach_zero_ _softmax_backward_data
     """,
+    "torch._C": "_are_functorch_transforms_active",
     "torch._inductor": "list_mode_options",
     "torch.amp.GradScaler": "_scale",
     "torch.nn.Module": "_forward_hooks _forward_hooks_always_called _forward_pre_hooks",
