@@ -1,5 +1,7 @@
 """What ends a run with one sentence: a user's mistake, or a run that cannot go on."""
 
+import os
+
 
 class InputError(ValueError):
     """Bad input from the user: one sentence that says what is wrong, the value, the allowed range and the way out.
@@ -31,3 +33,8 @@ class RunInterrupted(RunError):
 
     exit_status = 143
     status = "interrupted"
+
+
+def path_of(error: OSError) -> str | None:
+    """The path that the system's error is about; None where it names none, as for a write to an open file."""
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None

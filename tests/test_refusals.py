@@ -233,6 +233,54 @@ def test_diverged_run_stops_with_its_step(usual, entry_point, tmp_path, monkeypa
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "diverged"
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/cache/x"),
+            2,
+            "/cache/x cannot be used (Permission denied): see to",
+        ),
+        (OSError(28, "No space left on device"), 3, "refused to go on: No space left on device."),
+    ],
+)
+def test_an_error_of_the_system_is_one_sentence(error, status, said, capsys) -> None:
+    from loralib.glue.arguments import command
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    printed = capsys.readouterr().err
+    assert ended.value.code == status and said in printed and printed.count("\n") == 1
+
+
+def test_an_error_of_a_library_keeps_its_traceback() -> None:
+    from loralib.glue.arguments import command
+
+    def main() -> None:
+        raise OSError("a mistake of this project's own")
+
+    with pytest.raises(OSError, match="own"):
+        command(main)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_path_that_failed_is_blamed(inside: bool, usual, entry_point, tmp_path, monkeypatch) -> None:
+    """A cache that cannot be written at the evaluation is not the output folder's fault."""
+    path = tmp_path / "out" / "x.tmp" if inside else tmp_path / "cache" / "metrics"
+
+    def evaluate(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    module = entry_point("AdaLoRA")
+    monkeypatch.setattr("loralib.training.trainer.LoRATrainer.evaluate", evaluate)
+    said = f"^output_dir .*out could not be written to .*{path}" if inside else f"^{path} could not be used .Permission"
+    with pytest.raises(RunError, match=said):
+        module.main(argv(usual | {"do_eval": True, "max_steps": 1}))
+
+
 def run(*command: object, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | env)
 

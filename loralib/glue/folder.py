@@ -181,9 +181,9 @@ def check_inputs_stay(output_dir: str, arguments: Sequence[Any], files: Sequence
         linked = [entry.path for entry in os.scandir(path) if entry.is_symlink()] if folder else []
         if os.path.samefile(path, output_dir):
             lies = "is"
-        elif _within(path, output_dir) or any(_within(link, output_dir) for link in linked):
+        elif is_within(path, output_dir) or any(is_within(link, output_dir) for link in linked):
             lies = "holds"
-        elif folder and _within(output_dir, path):
+        elif folder and is_within(output_dir, path):
             lies = "lies in"
         else:
             continue
@@ -193,8 +193,8 @@ def check_inputs_stay(output_dir: str, arguments: Sequence[Any], files: Sequence
         )
 
 
-def _within(path: str, folder: str) -> bool:
-    """Whether `path` lies below `folder`, by its own name or by where its links lead."""
+def is_within(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies below it, by its own name or by where its links lead."""
     ways = {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
     return any(parent.exists() and parent.samefile(folder) for way in ways for parent in (way, *way.parents))
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from loralib.errors import InputError, RunError
+from loralib.errors import InputError, RunError, path_of
 from loralib.glue.flagfile import SUFFIXES, read_flags
 from loralib.glue.gone import GONE
 from loralib.secrets import hide, is_secret, remember
@@ -260,11 +260,22 @@ def command(main: Callable[[], Any]) -> NoReturn:
             "starts anew where there is none (SIGTERM would have written one).",
             file=sys.stderr,
         )
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as raised:
+        error = _sentence(raised) if isinstance(raised, OSError) else raised
         status = error.exit_status
         rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         # Once is enough for what all processes refuse; but a machine may lack a file, and one process find a full disk.
-        if rank == 0 or local_rank == 0 or type(error) is RunError:
+        if rank == 0 or local_rank == 0 or type(error) is RunError or error is not raised:
             process = f"process {rank}: " if rank else ""
             print(f"{Path(sys.argv[0]).name}: {process}error: {hide(str(error))}", file=sys.stderr)
     sys.exit(status)
+
+
+def _sentence(error: OSError) -> InputError | RunError:
+    """What the system refused, blamed on the path that it names. A library's own OSError stays a traceback."""
+    path = path_of(error)
+    if path is not None:
+        return InputError(f"{path} cannot be used ({error.strerror}): see to it, or name another path.")
+    if error.errno is None:
+        raise error
+    return RunError(f"the system refused to go on: {error.strerror}.")

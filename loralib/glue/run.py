@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from loralib.adapt import parameters
-from loralib.errors import InputError, RunError
+from loralib.errors import InputError, RunError, path_of
 from loralib.glue import card
 from loralib.glue.caches import use_writable_caches
 from loralib.glue.class_weights import class_weights
@@ -30,6 +30,7 @@ from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArgumen
 from loralib.glue.folder import (
     check_inputs_stay,
     clear_output_dir,
+    is_within,
     mark_finished,
     mark_unfinished,
     prepare_output_dir,
@@ -358,10 +359,12 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
                 write_run(run, trainer, method, data.task.name, error.status, metrics)
         raise
     except OSError as error:
-        raise RunError(
-            f"output_dir {run.training.output_dir} could not be written to ({error}): see to its disk, and "
-            f"{the_same_command(run.training.output_dir)}."
-        ) from error
+        path, output_dir = path_of(error), run.training.output_dir
+        if path is None or is_within(path, output_dir):
+            blamed = f"output_dir {output_dir} could not be written to ({error}): see to its disk"
+        else:
+            blamed = f"{path} could not be used ({error.strerror}): see to it"
+        raise RunError(f"{blamed}, and {the_same_command(output_dir)}.") from error
     finally:
         unlock(run.training.output_dir)
     if run.training.push_to_hub:
