@@ -10,6 +10,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -131,10 +132,6 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None, descriptio
     except (ValueError, TypeError, ImportError, OverflowError) as error:  # a stock argument class refuses a value
         raise InputError(" ".join(str(error).split())) from error
     _refuse_unknown(parser, [u for u in unknown if u.startswith("-")] or unknown)
-    for part in parsed:
-        for name, value in vars(part).items():
-            if isinstance(value, dict):  # what was JSON on the command line
-                check_value(name, value)
     return tuple(parsed)
 
 
@@ -222,6 +219,9 @@ def check_value(name: str, value: Any) -> None:
     elif isinstance(value, str):
         if "\0" in value:
             raise InputError(f"{name} holds a NUL character, which no text or path may hold.")
+        if value.startswith("{"):  # a dict, which the stock class reads as JSON
+            with suppress(json.JSONDecodeError):
+                check_value(name, json.loads(value))
         if name.endswith(PATHS):
             try:
                 os.lstat(os.path.join(os.path.expanduser(value), BELOW))
