@@ -116,11 +116,14 @@ def start(
                 f"--report_to {name}: no such package is installed here: choose from {', '.join([*there, 'none'])}, or "
                 "install it."
             )
+    command = sys.argv if argv is None else [sys.argv[0], *argv]
     with training.main_process_first(desc="output folder"):
         checkpoint = prepare_output_dir(training)
         clear = starts_clear(training, checkpoint)
         if clear and not training.overwrite_output_dir:
             logger.warning("%s: a run ended here before its first checkpoint; it starts anew", training.output_dir)
+    if clear:
+        check_inputs_stay(training.output_dir, (model, data, lora), flag_files(command[1:]))
     model.head = trained_head(model, lora.lora_path, checkpoint if training.do_train else None)
     if not training.do_train and lora.lora_path and model.head is None:
         raise InputError(
@@ -128,9 +131,6 @@ def start(
             "answer was trained; give an adapter with its head, or train by --do_train."
         )
     set_seed(training.seed)
-    command = sys.argv if argv is None else [sys.argv[0], *argv]
-    if clear:
-        check_inputs_stay(training.output_dir, (model, data, lora), flag_files(command[1:]))
     return Run((model, data, lora, training), training, checkpoint, data.glue_submission, list(command), clear)
 
 
