@@ -48,6 +48,10 @@ class ModelArguments:
     # What is known of the labels before the data is read; no flag: `start` finds it.
     head: Any = field(default=None, init=False, repr=False)  # heads.TrainedHead | None
 
+    def __post_init__(self) -> None:
+        if self.cls_dropout is not None and not 0 <= self.cls_dropout < 1:
+            raise InputError(f"cls_dropout is {self.cls_dropout}, it must lie in 0 to 1, below 1.")
+
 
 @dataclass
 class DataArguments:
@@ -223,7 +227,7 @@ class GlueTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = flag(False, "Passed to DistributedDataParallel.")
 
     def __post_init__(self) -> None:
-        if self.output_dir is None:
+        if not self.output_dir:
             raise InputError("--output_dir is missing: the folder for checkpoints and results.")
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy

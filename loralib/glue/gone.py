@@ -17,7 +17,7 @@ GONE = {
     "fsdp_transformer_layer_cls_to_wrap": _FSDP,
     "half_precision_backend": _AUTOCAST,
     "include_inputs_for_metrics": "leave it out, the metrics of this program need no inputs",
-    "include_tokens_per_second": "give --include_num_input_tokens_seen all",
+    "include_tokens_per_second": "give --include_num_input_tokens_seen True",
     "jit_mode_eval": "leave it out, or give --torch_compile",
     "max_length": "give --max_seq_length",
     "max_test_samples": "give --max_predict_samples",

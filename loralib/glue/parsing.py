@@ -146,11 +146,15 @@ def _file_words(parser: Any, classes: Sequence[type], path: Path) -> list[str]:
     actions = {action.dest: action for action in reversed(parser._actions)}  # --x before --no_x
     lists: list[str] = []
     words: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for key, value in read_flags(path).items():
-        option = f"--{key.replace('-', '_')}"
+        option = f"--{key.lstrip('-').replace('-', '_')}"
         name = parser.destination(option)
         if name is None or name not in hints:
             _refuse_unknown(parser, [option])
+        if name in keys:
+            raise InputError(f"{path} gives {name} twice, as {keys[name]} and as {key}: keep one of the two.")
+        keys[name] = key
         kinds = {typing.get_origin(kind) or kind for kind in (typing.get_args(hints[name]) or (hints[name],))}
         kinds |= {typing.get_origin(hints[name])}
         if isinstance(value, list) and any(not isinstance(item, str) for item in value):
