@@ -339,6 +339,9 @@ class DyingRay:
     def __init__(self, lives: list[int], statuses: dict[int, list[int]]) -> None:
         self.lives, self.statuses, self.left, self.started = lives, statuses, 0, []
 
+    def result(self, run: dict[str, Any], folder: Path) -> dict[str, Any]:
+        return run
+
     def start(self) -> Any:
         if not self.lives:
             raise InputError("nothing answers")
@@ -377,7 +380,8 @@ class DyingRay:
         code = self.statuses.get(seed, [0]).pop(0) if self.statuses.get(seed) else 0
         if not code:
             folder.mkdir(parents=True, exist_ok=True)
-            run = {"status": "finished", "task": "rte", "arguments": {"seed": seed}, "metrics": {}}
+            run = {"version": 1, "status": "finished", "task": "rte", "arguments": {"seed": seed}, "metrics": {}}
+            run = self.result(run, folder)
             (folder / "run.json").write_text(json.dumps(run))
         return code
 
@@ -422,6 +426,105 @@ def test_a_cluster_that_vanishes_costs_no_run_its_retry(
         assert command.main(argv) == 0  # as the sentence says
     if code != 1:
         assert len(list(tmp_path.rglob("run.json"))) == 5 and "given up" not in said.out
+
+
+# ---- tuning ----
+
+# Accuracy by method and value; a run's seed adds a thousandth. None: it diverges.
+SCORES = {
+    "a": {"1e-3": 0.6, "2e-3": 0.8, "4e-3": None},
+    "b": {"1e-3": 0.7, "2e-3": 0.7, "4e-3": 0.6, "8e-3": 0.9},
+}
+
+
+class ScoringRay(DyingRay):
+    """Runs whose score hangs on their folder's method and value."""
+
+    def result(self, run: dict[str, Any], folder: Path) -> dict[str, Any]:
+        method, _, value = folder.parent.name.partition(",learning_rate=")
+        score = SCORES[method][value]
+        seed = run["arguments"]["seed"]
+        run["arguments"]["learning_rate"] = float(value)
+        if score is None:
+            return run | {"status": "diverged"}
+        return run | {"metrics": {"eval_accuracy": score + seed / 1000}}
+
+
+def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, values: str = "1e-3,2e-3,4e-3") -> Any:
+    tmp_path.mkdir(exist_ok=True)
+    entry = tmp_path / "mine.py"
+    entry.write_text("")
+    ray = ScoringRay([99, 99], {})
+    monkeypatch.setattr(running, "Cluster", lambda address: ray)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    argv = ["--tasks", "rte", "--methods", f"a={entry},b={entry}", "--tune", f"learning_rate={values}",
+            "--tune_seeds", "1,2", "--seeds", "5-6", "--output", str(tmp_path / "out"), *flags]  # fmt: skip
+    return command.main(argv), ray
+
+
+def test_tuning_chooses_by_the_mean_and_runs_other_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "r.jsonl"
+    code, ray = tune(tmp_path, monkeypatch, "--results", str(results))
+    said = capsys.readouterr().out
+    assert code == 0 and len(ray.started) == 2 * 3 * 2 + 2 * 2
+    finals = sorted(str(p.parent.relative_to(tmp_path / "out" / "rte")) for p in tmp_path.rglob("seed[56]/run.json"))
+    assert finals == [f"{m},learning_rate={v}/seed{s}" for m, v in (("a", "2e-3"), ("b", "1e-3")) for s in (5, 6)]
+    assert "chosen for rte, a: learning_rate 2e-3 (accuracy 0.8015 of 6 trials; 2 diverged)" in said
+    assert "learning_rate 1e-3 is at the edge of its grid: widen" in said and said.count("at the edge") == 1
+    choice = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    a, b = choice["choices"]
+    assert a["values"] == {"learning_rate": "2e-3"} and b["edges"] == ["learning_rate"] and a["edges"] == []
+    assert [s["score"] for s in a["scores"]] == [0.601, 0.602, 0.801, 0.802, None, None]
+    assert len(results.read_text().splitlines()) == 16
+
+    # again, and on another machine: nothing is run, diverged trials included
+    for again in (tmp_path / "out", tmp_path / "elsewhere"):
+        code, ray = tune(tmp_path, monkeypatch, "--results", str(results), "--output", str(again))
+        assert code == 0 and not ray.started
+    capsys.readouterr()
+
+    # a wider grid keeps the trials; one that lacks a value is refused
+    SCORES["a"]["8e-3"] = 0.5
+    code, ray = tune(tmp_path, monkeypatch, values="1e-3,2e-3,4e-3,8e-3")
+    said = capsys.readouterr().out
+    assert code == 0 and len(ray.started) == 4 + 2  # the new value's trials, and b's final runs
+    assert "the grid of b is extended by learning_rate 8e-3: the choice is made anew" in said
+    assert "chosen for rte, b: learning_rate 8e-3" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--tune_seeds", "4-5"], "seed 5 is in --seeds and in --tune_seeds"),
+        (["--tune_only", "a:learning_rate=1e-3"], "unlike numbers of trials a task (a 2, b 6)"),
+        (["--tune_only", "a:lora_r=2,4"], "unlike numbers of trials a task (a 12, b 6)"),
+        (["--tune_only", "c:lora_r=2,4"], "--tune_only 'c:lora_r=2,4' cannot be read"),
+        (["--grid", "lora_r=2,4"], "--grid and --tune exclude each other"),
+    ],
+)
+def test_tuning_that_is_not_fair_is_refused(
+    flags: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, ray = tune(tmp_path, monkeypatch, *flags)
+    assert code == 2 and sentence in capsys.readouterr().err and not ray.started
+
+
+def test_grids_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--tune_only replaces a method's grid; unlike numbers of trials are allowed by name."""
+    code, ray = tune(tmp_path, monkeypatch, "--tune_only", "b:learning_rate=1e-3,4e-3,8e-3")
+    assert code == 0 and json.loads((tmp_path / "out" / "tuning.json").read_text())["choices"][1]["values"] == {
+        "learning_rate": "8e-3"
+    }
+    refused, _ = tune(tmp_path, monkeypatch)  # 8e-3 was tried and is not named any more
+    assert refused == 2
+    code, ray = tune(tmp_path / "other", monkeypatch, "--tune_only", "b:learning_rate=2e-3", "--unequal_trials")
+    assert code == 0 and len(ray.started) == 6 + 2 + 4
 
 
 # ---- nothing outlives its worker ----

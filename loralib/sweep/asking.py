@@ -96,7 +96,7 @@ def _asked(job: Job, command: tuple[str, list[str], int], answer: Mapping[str, A
             data = (Path(name).name, *([job.task] if (Path(name) / job.task).is_dir() else []))
     at_default = frozenset(() if answer is None else answer["at_default"])
     given = typed_flags(job.flags)
-    return Asked(job.task, job.seed, method, short_path(entry), arguments, given, at_default, batch, data)
+    return Asked(job.task, job.seed, job.arm.name, method, short_path(entry), arguments, given, at_default, batch, data)
 
 
 # ---- the process that parses ----

@@ -17,6 +17,7 @@ from loralib.sweep.plan import METHODS, ROOT, Job, plan, split_arms
 from loralib.sweep.records import Done, ResultsFile, closest, runs_below
 from loralib.sweep.running import sweep
 from loralib.sweep.settings import Asked
+from loralib.sweep.tune import choose, plan_tuning, say
 
 
 def numbers(text: str) -> list[int]:
@@ -43,6 +44,14 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
                         help=f"{', '.join(METHODS)}, paths of entry points, or NAME=METHOD:FLAGS")  # fmt: skip
     parser.add_argument("--seeds", type=numbers, required=True, help="1,2,3 or 1-5")
     parser.add_argument("--grid", action="append", default=[], help="NAME=VALUE,VALUE; may be given several times")
+    parser.add_argument("--tune", action="append", default=[],
+                        help="NAME=VALUE,VALUE: the best is chosen for each task and method")  # fmt: skip
+    parser.add_argument("--tune_only", action="append", default=[],
+                        help="METHOD:NAME=VALUE,VALUE: another grid for one method, or a flag of its own")  # fmt: skip
+    parser.add_argument("--tune_seeds", type=numbers, default=[], help="seeds of the trials, other ones than --seeds")
+    parser.add_argument("--tune_selection", choices=["last", "best"], default="last",
+                        help="a trial's score: at its end, or of its best evaluation (default last)")  # fmt: skip
+    parser.add_argument("--unequal_trials", action="store_true", help="allow unlike numbers of trials")
     parser.add_argument("--only", action="append", default=[],
                         help="METHOD:FLAGS or TASK/METHOD:FLAGS; may be given several times")  # fmt: skip
     parser.add_argument("--like", help="entry points of yours get the task's settings of this method")
@@ -94,16 +103,28 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
     typed = (*flags, *args.methods, *args.only, *args.grid)
     remember_command(word for text in typed for word in [text, *re.split(r"[\s:,]+", text)])
     try:
-        jobs = plan(args, flags)
+        tuning = plan_tuning(args, flags) if args.tune or args.tune_only else None
+        jobs = list(tuning.trials.values()) if tuning else plan(args, flags)
         asked = ask(jobs, max(1, int(args.gpus_per_run or 1)))
         done = open_records(args)
         if args.dry_run:
             print("\n".join(listed(jobs, asked, done)))
+            if tuning:
+                print(f"# then the best value of each method on each task, with the seeds {args.seeds}")
             return 0
         for signum in (signal.SIGINT, signal.SIGTERM):  # also where a shell has started this with Ctrl-C ignored
             signal.signal(signum, interrupt)
         say_near_misses(jobs, asked, done)
         code = sweep(jobs, asked, done, args)
+        if tuning and code != 130:
+            open_trials = sum(job not in done.known for job in jobs)
+            if open_trials:
+                raise RunError(f"{open_trials} trials failed, and the choice waits for them: the same command goes on.")
+            choices = choose(tuning, done)
+            say(choices)
+            jobs = tuning.finals(choices)
+            asked = ask(jobs, max(1, int(args.gpus_per_run or 1)))
+            code = sweep(jobs, asked, done, args)
     except (InputError, RunError) as error:
         print(f"sweep.py: error: {hide(str(error))}", file=sys.stderr)
         return error.exit_status

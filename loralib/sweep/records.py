@@ -60,14 +60,15 @@ def check_settings(job: Job, asked: Asked) -> None:
 # ---- compact records ----
 
 
-def compact(run: Mapping[str, Any]) -> dict[str, Any]:
+def compact(run: Mapping[str, Any], arm: str | None = None) -> dict[str, Any]:
     """The essentials of a results file: no path of a machine, no training loss, of each matrix its rank alone."""
     arguments = {
         name: Path(value).name if name in (*PLACES, "dataset_name") and isinstance(value, str) else value
         for name, value in run["arguments"].items()
         if not WITHOUT_NUMBERS.fullmatch(name) or name in ("do_train", "per_device_train_batch_size")
     }
-    record = {name: run[name] for name in KEPT if name in run} | {"arguments": arguments, "entry": entry_of(run)}
+    record = {name: run[name] for name in KEPT if name in run}
+    record |= {"arm": arm, "arguments": arguments, "entry": entry_of(run)}
     counts = run.get("parameters")
     if isinstance(counts, dict):
         record["parameters"] = {name: counts[name] for name in COUNTS if name in counts}
@@ -119,11 +120,11 @@ class ResultsFile:
 
     def find(self, asked: Asked) -> dict[str, Any] | None:
         """The record of a run that is done with these settings."""
-        return next((r for r in self.records if r.get("status") in DONE and not differences(r, asked)), None)
+        return next((r for r in self.records if r.get("status") in DONE and is_asked_for(r, asked)), None)
 
-    def add(self, run: Mapping[str, Any]) -> None:
+    def add(self, run: Mapping[str, Any], arm: str | None = None) -> None:
         """Append a run's record, on the disk before this returns; one that was cut off is removed first."""
-        record = compact(run)
+        record = compact(run, arm)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
             if self.cut:
@@ -134,6 +135,12 @@ class ResultsFile:
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
+
+
+def is_asked_for(record: Mapping[str, Any], asked: Asked) -> bool:
+    """Whether a record from elsewhere is of the run asked for. Flags that can't be parsed may lack in it, so then the
+    method's name in the sweep has to agree too."""
+    return not differences(record, asked) and (asked.arguments is not None or record.get("arm") == asked.arm)
 
 
 def runs_below(folder: Path) -> list[dict[str, Any]]:
@@ -170,9 +177,9 @@ class Done:
         if run and run.get("status") in DONE:
             check_settings(job, asked)
         else:
-            run = next((other for other in self.others if not differences(other, asked)), None)
+            run = next((other for other in self.others if is_asked_for(other, asked)), None)
         if run and self.results and in_file is None:
-            self.results.add(run)
+            self.results.add(run, asked.arm)
         found = run or in_file
         if found:
             self.known[job] = found

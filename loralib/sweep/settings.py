@@ -41,6 +41,7 @@ class Asked:
 
     task: str
     seed: int
+    arm: str  # the method's name in this sweep
     method: str | None  # as run.json names it; None for an entry point of the user's
     entry: str  # the last two parts of the entry point's path
     arguments: Mapping[str, Any] | None

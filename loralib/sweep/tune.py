@@ -1,0 +1,223 @@
+"""Tuning as part of a sweep: the same number of trials for every method, one choice for each task, and its record.
+
+First every task x method x value x tuning seed; then, for each task and method, the value with the best mean over the
+tuning seeds; then the final runs with other seeds. Trials are runs like any other: they are resumed, skipped and kept.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loralib.errors import InputError
+from loralib.sweep.plan import (
+    Arm,
+    Job,
+    Point,
+    check_folders,
+    check_tasks,
+    flags_of_cells,
+    make_job,
+    read_arms,
+    read_grid,
+)
+from loralib.sweep.records import Done
+
+CHOICE_FILE = "tuning.json"
+Grid = dict[str, list[str]]
+
+
+@dataclass
+class Tuning:
+    """The trials of a sweep, and what turns their scores into final runs."""
+
+    args: argparse.Namespace
+    arms: list[Arm]
+    grids: dict[str, Grid]  # by arm
+    flags: Mapping[tuple[str, Arm], tuple[str, ...]]
+    trials: dict[tuple[str, str, Point, int], Job]  # by task, arm, point and seed
+
+    @property
+    def file(self) -> Path:
+        """Where the choice is written."""
+        return Path(self.args.output).absolute() / CHOICE_FILE
+
+    def points(self, arm: Arm) -> list[Point]:
+        """The points of a method's grid, in the order given."""
+        return points_of(self.grids[arm.name])
+
+    def finals(self, choices: Sequence[Mapping[str, Any]]) -> list[Job]:
+        """The final runs with the chosen values, seeds outermost."""
+        chosen = {(c["task"], c["method"]): tuple(c["values"].items()) for c in choices}
+        jobs = [
+            make_job(self.args.output, task, arm, seed, self.flags[task, arm], chosen[task, arm.name])
+            for seed, task, arm in itertools.product(self.args.seeds, self.args.tasks, self.arms)
+        ]
+        check_folders(jobs)
+        return jobs
+
+
+def points_of(grid: Grid) -> list[Point]:
+    """Every combination of a grid's values."""
+    return list(itertools.product(*([(name, value) for value in values] for name, values in grid.items())))
+
+
+def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
+    """The trials of a sweep.
+
+    Raises:
+        InputError: a grid that can't be read, methods with unlike numbers of trials, or a seed that tunes and counts.
+    """
+    check_tasks(args.tasks)
+    arms = read_arms(args.methods)
+    if args.grid:
+        raise InputError("--grid and --tune exclude each other: --grid reports every value, --tune the best one.")
+    if not args.tune_seeds:
+        raise InputError("--tune needs --tune_seeds: seeds of the trials, none of which is one of --seeds.")
+    both = sorted(set(args.seeds) & set(args.tune_seeds))
+    if both:
+        raise InputError(
+            f"seed {both[0]} is in --seeds and in --tune_seeds: a seed that chose a value can't judge it, use others."
+        )
+    shared = read_grid(args.tune, "--tune")
+    grids: dict[str, Grid] = {arm.name: dict(shared) for arm in arms}
+    for entry in args.tune_only:
+        name, colon, values = entry.rpartition(":")
+        if not colon or name not in grids:
+            raise InputError(
+                f"--tune_only {entry!r} cannot be read: write METHOD:NAME=VALUE,VALUE with a method of this sweep, as "
+                "in 'full:learning_rate=2e-5,5e-5'."
+            )
+        grids[name] |= read_grid([values], "--tune_only")
+    counts = {name: len(points_of(grid)) * len(args.tune_seeds) for name, grid in grids.items()}
+    if len(set(counts.values())) > 1 and not args.unequal_trials:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(
+            f"the methods would get unlike numbers of trials a task ({told}), and the best of more trials is better by "
+            "chance: give all the same number, or --unequal_trials, which the report then says."
+        )
+    own = flags_of_cells(args, arms, flags)
+    trials = {
+        (task, arm.name, point, seed): make_job(args.output, task, arm, seed, own[task, arm], point)
+        for seed, task, arm in itertools.product(args.tune_seeds, args.tasks, arms)
+        for point in points_of(grids[arm.name])
+    }
+    check_folders(list(trials.values()))
+    tuning = Tuning(args, arms, grids, own, trials)
+    compare_with_earlier(tuning)
+    return tuning
+
+
+def compare_with_earlier(tuning: Tuning) -> None:
+    """Say how a grid extends the one of an earlier call in this folder.
+
+    Raises:
+        InputError: a value or seed that was tried is not named any more.
+    """
+    try:
+        earlier = json.loads(tuning.file.read_text(encoding="utf-8"))
+        choices, seeds = earlier["choices"], earlier["tune_seeds"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{tuning.file} is no record of a tuning: remove it, or name another --output.") from error
+    gone = sorted(set(seeds) - set(tuning.args.tune_seeds))
+    if gone:
+        raise InputError(
+            f"{tuning.file} holds trials of the tuning seed {gone[0]}, which --tune_seeds does not name any more: name "
+            "it too, or another --output."
+        )
+    for arm in tuning.arms:
+        tried = [dict(s["values"]) for c in choices if c["method"] == arm.name for s in c["scores"]]
+        asked = [dict(point) for point in tuning.points(arm)]
+        lost = [values for values in tried if values not in asked]
+        if lost:
+            raise InputError(
+                f"{tuning.file} holds trials of {arm.name} with {_words(lost[0])}, which --tune does not name any "
+                "more: name it too, which extends the grid, or another --output."
+            )
+        new = [values for values in asked if values not in tried] if tried else []
+        if new:
+            print(f"the grid of {arm.name} is extended by {'; '.join(map(_words, new))}: the choice is made anew")
+
+
+def _words(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
+    """The best value of each task and method, written whole to tuning.json with every score.
+
+    A trial that diverged counts and has the worst score. Of equal means the first in the grid's order is taken.
+
+    Raises:
+        InputError: all trials of a method diverged on a task.
+    """
+    # needed here alone, with large libraries behind them
+    from loralib.adapters.writing import write_json
+    from loralib.report.runs import SMALLER_IS_BETTER, Run
+
+    choices = []
+    for task, arm in itertools.product(tuning.args.tasks, tuning.arms):
+        scores, means, metric = [], {}, None
+        for point in tuning.points(arm):
+            of_point: list[float | None] = []
+            for seed in tuning.args.tune_seeds:
+                record = done.known[tuning.trials[task, arm.name, point, seed]]
+                run = Run(Path(), record)
+                metric = metric or (run.metrics[0] if run.metrics else None)
+                score = run.chosen(tuning.args.tune_selection).get(run.metrics[0]) if run.metrics else None
+                if record.get("status") == "diverged" or score is None or not math.isfinite(score):
+                    score = None
+                scores.append({"values": dict(point), "seed": seed, "score": score, "status": record.get("status")})
+                of_point.append(score)
+            known = [score for score in of_point if score is not None]
+            if len(known) == len(of_point):
+                means[point] = sum(known) / len(known)
+        if not means:
+            raise InputError(
+                f"no trial of {arm.name} on {task} has a score (all diverged, or none was evaluated): give --tune "
+                "other values."
+            )
+        sign = -1 if metric in SMALLER_IS_BETTER else 1
+        best = max(means, key=lambda point: sign * means[point])
+        choices.append({
+            "task": task, "method": arm.name, "metric": metric, "values": dict(best), "mean": means[best],
+            "trials": len(scores), "edges": edges(tuning.grids[arm.name], best), "grid": tuning.grids[arm.name],
+            "scores": scores,
+        })  # fmt: skip
+    args = tuning.args
+    tuning.file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(tuning.file, {
+        "version": 1, "selection": args.tune_selection, "tune_seeds": args.tune_seeds, "seeds": args.seeds,
+        "choices": choices,
+    })  # fmt: skip
+    return choices
+
+
+def edges(grid: Grid, best: Point) -> list[str]:
+    """Flags whose best value is the smallest or largest of its grid: better ones may lie beyond it."""
+    found = []
+    for name, value in best:
+        try:
+            numbers = sorted({float(v) for v in grid[name]})
+        except ValueError:
+            continue
+        if len(numbers) > 1 and float(value) in (numbers[0], numbers[-1]):
+            found.append(name)
+    return found
+
+
+def say(choices: Sequence[Mapping[str, Any]]) -> None:
+    """The choices in a line each, with a word where the best value is at the edge of its grid."""
+    for choice in choices:
+        diverged = sum(score["status"] == "diverged" for score in choice["scores"])
+        words = f"; {diverged} diverged" if diverged else ""
+        print(f"chosen for {choice['task']}, {choice['method']}: {_words(choice['values'])} "
+              f"({choice['metric']} {choice['mean']:.4f} of {choice['trials']} trials{words})")  # fmt: skip
+        for name in choice["edges"]:
+            print(f"  {name} {choice['values'][name]} is at the edge of its grid: widen --tune {name}")
