@@ -78,9 +78,10 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
 def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **settings: Any) -> list[str]:
     """Replace linear layers by adapted ones and freeze the rest of the backbone (ledger L1).
 
-    Afterwards the new factors and the head train, nothing else. Call it after `from_pretrained` (models are built there
-    without storage, which would lose the factors' values). Hooks on the model's children prepare its layers for each
-    forward all at once (loralib/kernels/prepare.py, which can take them away).
+    Afterwards the new factors and the head of a task train, nothing else (`mark_trainable`). Call it after
+    `from_pretrained` (models are built there without storage, which would lose the factors' values). Hooks on the
+    model's children prepare its layers for each forward all at once (loralib/kernels/prepare.py, which can take them
+    away).
 
     Args:
         model: a transformers model with a head.
@@ -94,6 +95,10 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
     Raises:
         InputError: a name matches nothing, or the model is adapted already.
     """
+    from loralib.peft import is_peft  # which needs Factors
+
+    if is_peft(model):
+        raise InputError("PEFT has adapted the model already: leave out the modules to adapt, or give a plain model.")
     if (first := next(adapted_layers(model), None)) is not None:
         raise InputError(f"the model is adapted already ({first[0]}): adapt a freshly loaded one.")
     names = match_modules(model, modules)
@@ -113,11 +118,16 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
 
 
 def mark_trainable(model: nn.Module) -> None:
-    """Only the parameters of the adapter and the head train (ledger L1)."""
+    """Only the parameters of the adapter and the head train (ledger L1).
+
+    A language model's output layer is pretrained and no head of a task: it stays frozen.
+    """
     prefix, _ = backbone_of(model)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    pretrained = {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
     own = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter_parameters().values()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = id(parameter) in own or is_head(name, prefix)
+        parameter.requires_grad = id(parameter) in own or (is_head(name, prefix) and id(parameter) not in pretrained)
 
 
 def is_lora(name: str) -> bool:
@@ -140,12 +150,14 @@ class Factors:
         B: second factors, (out, r).
         between: what stands between the two, r numbers each: AdaLoRA's E (r, 1), SoRA's gates (1, r). The list is
             empty where nothing does.
+        penalised: whether the model's own loss holds an orthogonality penalty on them, as that of PEFT's AdaLoRA does.
     """
 
     names: list[str]
     A: list[Tensor]
     B: list[Tensor]
     between: list[Tensor] = field(default_factory=list)
+    penalised: bool = False
 
     def ranks(self) -> dict[str, int]:
         """Directions that each matrix has left: r, or the non-zero numbers between its factors. Reads the device."""
@@ -158,11 +170,17 @@ class Factors:
 def factors(source: nn.Module | Factors) -> Factors:
     """The factors of all adapted layers of a model, in `named_modules` order; `Factors` are handed back as they are.
 
+    A model that Hugging Face PEFT has adapted gives those of its active adapter, see `loralib.peft`.
+
     Raises:
         InputError: the model has no adapted layer, or only some of its layers have something between the factors.
     """
     if isinstance(source, Factors):
         return source
+    from loralib.peft import is_peft, peft_factors  # which needs Factors
+
+    if is_peft(source):
+        return peft_factors(source)
     layers = list(adapted_layers(source))
     if not layers:
         raise InputError(

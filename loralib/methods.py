@@ -151,7 +151,8 @@ def lora(
     """LoRA (arXiv 2106.09685), on request with a penalty on directions that are not orthogonal.
 
     Args:
-        model: the model to adapt; or one that is adapted already, or its `Factors`, where `modules` is None.
+        model: the model to adapt; or one that is adapted already, by `adapt` or by Hugging Face PEFT, or its `Factors`,
+            where `modules` is None.
         modules: which layers to adapt, see `adapt.match_modules`.
         reg_orth_coef: weight of the penalty: on cosines between directions (ledger L6), or with `triplets` on
             A A^T - I and B^T B - I (ledger L5).
@@ -161,7 +162,7 @@ def lora(
     Raises:
         InputError: see `adapt` and `adapt.factors`; no method takes an adapted model and settings of layers.
     """
-    of = _factors(model, SVDLinear if triplets else LoRALinear, modules, settings)
+    of = _factors(model, SVDLinear if triplets else LoRALinear, modules, settings, reg_orth_coef)
     return Method(
         "svd-lora" if triplets else "lora",
         model if isinstance(model, nn.Module) else None,
@@ -198,7 +199,7 @@ def adalora(
     Raises:
         InputError: as `lora`; a budget or a schedule that cannot be (ledger A6).
     """
-    of = _factors(model, SVDLinear, modules, settings)
+    of = _factors(model, SVDLinear, modules, settings, reg_orth_coef)
     allocator = RankAllocator(
         of,
         target_rank=target_rank,
@@ -275,7 +276,10 @@ def sora(
     """
     of = _factors(model, GatedLinear, modules, settings)
     if not of.between or any(gate.shape[0] != 1 for gate in of.between):
-        raise InputError("SoRA needs gates between the factors (layers GatedLinear, with gates of shape (1, r)).")
+        raise InputError(
+            "SoRA needs gates between the factors (layers GatedLinear, with gates of shape (1, r)), and PEFT's layers "
+            "have none: give a plain model and the modules to adapt."
+        )
     gates = {"params": of.between, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
     if sparse_lr is not None:
         gates["lr"] = sparse_lr
@@ -337,12 +341,13 @@ def rm_lora(
     Raises:
         InputError: as `lora`; a value lies outside its range.
     """
-    of = _factors(model, LoRALinear, modules, settings)
+    of = _factors(model, LoRALinear, modules, settings, reg_orth_coef)
     mask = RandomMask(of, random_rank, version, seed)
     if mask_resample not in ("step", "epoch"):
         raise InputError(f"mask_resample is {mask_resample!r}, it must be step or epoch.")
     named = model.named_parameters() if isinstance(model, nn.Module) else ()
-    others = [p for n, p in named if p.requires_grad and not is_lora(n)]
+    own = {id(p) for p in (*of.A, *of.B, *of.between)}
+    others = [p for n, p in named if p.requires_grad and not is_lora(n) and id(p) not in own]
     norms: dict[str, Tensor] = {}  # on the device until they are logged
 
     def before_step(step: int, epoch: int = 0, measure: bool = False) -> None:
@@ -378,7 +383,11 @@ def rm_lora(
 
 
 def _factors(
-    model: nn.Module | Factors, layer: type[LoRALinear], modules: Sequence[str] | None, settings: Mapping[str, Any]
+    model: nn.Module | Factors,
+    layer: type[LoRALinear],
+    modules: Sequence[str] | None,
+    settings: Mapping[str, Any],
+    penalty_coef: float = 0.0,
 ) -> Factors:
     """Adapt a model where that is asked for, and find its factors."""
     if modules is not None:
@@ -387,4 +396,10 @@ def _factors(
         adapt(model, layer, modules, **settings)
     elif settings:
         raise InputError(f"{', '.join(settings)} are settings of new layers: name the modules to adapt, too.")
-    return factors(model)
+    of = factors(model)
+    if of.penalised and penalty_coef:
+        raise InputError(
+            f"reg_orth_coef is {penalty_coef:g}, but PEFT's AdaLoRA adds an orthogonality penalty of its own to the "
+            "loss: leave it at 0 and set orth_reg_weight in AdaLoraConfig."
+        )
+    return of

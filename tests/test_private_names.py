@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LEANED_ON = {
     "argparse.ArgumentParser": "_actions",
     "accelerate.utils": "DynamoBackend GradientAccumulationPlugin",
+    "peft.tuners.adalora.layer": "AdaLoraLayer",
+    "peft.tuners.lora.layer": "LoraLayer",
+    "peft.tuners.tuners_utils": "BaseTunerLayer",
     "torch": """
         _C _dynamo _foreach_abs _foreach_abs_ _foreach_add_ _foreach_addcdiv_ _foreach_addcmul_ _foreach_clamp_min_
         _foreach_copy_ _foreach_lerp_ _foreach_mul _foreach_mul_ _foreach_norm _foreach_sign _foreach_sqrt

@@ -6,26 +6,72 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from loralib.errors import InputError
 from loralib.methods import Method
 
 logger = logging.getLogger(__name__)
+
+# Key of the method's state in the optimizer's: torch saves and loads what belongs to no parameter as it is, uncast.
+STATE = "loralib_method"
 
 
 class MethodCallback(TrainerCallback):
     """Calls a `Method` between clipping and the optimizer's step and right after it, and logs what it reports.
 
-    The penalty is part of the loss and no callback can add it: `LoRATrainer` does.
+    The state of the method's pieces travels in the optimizer's own, so that every checkpoint of a stock Trainer holds
+    it and resuming brings it back, bit by bit. The penalty is part of the loss and no callback can add it:
+    `WithPenalty` does. Both it and `LoRATrainer` bring this callback along.
 
     Args:
         method: the method.
         add_scalars: takes numbers by name to TensorBoard, at the current step; None: they are not written.
+        penalty_in_loss: the trainer adds the penalty, or your own `compute_loss` adds `method.loss()`.
+        keep_state: keep the state in the optimizer's; not where the trainer writes it to a file.
     """
 
-    def __init__(self, method: Method, add_scalars: Callable[[Mapping[str, float]], Any] | None = None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        add_scalars: Callable[[Mapping[str, float]], Any] | None = None,
+        *,
+        penalty_in_loss: bool = False,
+        keep_state: bool = True,
+    ) -> None:
         self.method, self.add_scalars = method, add_scalars
+        self.penalty_in_loss, self.keep_state = penalty_in_loss, keep_state
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.begin(state.max_steps)  # the true number, also after auto_find_batch_size
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Tell the method how long the run is, and give its pieces the state of the checkpoint that is resumed.
+
+        Raises:
+            InputError: the trainer lacks what the method needs (its penalty in the loss, its optimizer, its state in
+                the checkpoint), or the method's schedule does not fit into the run.
+        """
+        method = self.method
+        if method.penalty is not None and method.penalty_coef and not self.penalty_in_loss:
+            raise InputError(
+                f"{method.name} has a penalty, which no callback can add to the loss: train with a class of "
+                "WithPenalty and your trainer, with method= in place of this callback, or let your compute_loss add "
+                "method.loss() and say so by MethodCallback(method, penalty_in_loss=True)."
+            )
+        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        for group in method.own_groups:
+            if not isinstance(inner, method.optimizer_class) or not {id(p) for p in group["params"]} <= held:
+                raise InputError(
+                    f"{method.name} needs an optimizer of its own, {method.optimizer_class.__name__}: give the trainer "
+                    "optimizers=(method.optimizer(lr), None)."
+                )
+        method.begin(state.max_steps)  # the true number, also after auto_find_batch_size
+        if self.keep_state and method.state and state.global_step:
+            saved = optimizer.state.get(STATE)
+            if saved is None:
+                raise InputError(
+                    f"the checkpoint of step {state.global_step} holds no state of {method.name} in its optimizer's, "
+                    "so no run can go on from it: it was written without MethodCallback or as the model alone."
+                )
+            for name, piece in method.state.items():
+                piece.load_state_dict(saved[name])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logged = args.logging_strategy == "steps" and (state.global_step + 1) % state.logging_steps == 0
@@ -34,6 +80,8 @@ class MethodCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate's wrapper knows; the hook comes anyway
         self.method.after_step(state.global_step, gradients_valid=not skipped)
+        if self.keep_state and self.method.state:
+            optimizer.state[STATE] = {name: piece.state_dict() for name, piece in self.method.state.items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.method.log_every and state.global_step % self.method.log_every == 0:

@@ -3,8 +3,7 @@
 No loop is copied: everything here is an override of the stock Trainer's, and no method is named.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from loralib.adapt import adapted_layers
 from loralib.adapters.own import load_adapter, save_adapter
 from loralib.adapters.writing import disk_errors
 from loralib.methods import Method
-from loralib.training.method_callback import MethodCallback
+from loralib.training.penalty import WithPenalty
 from loralib.training.resume import ExactResume
 from loralib.training.sampling import OWN_ROWS
 
@@ -46,104 +45,39 @@ def task_loss(
     return rows.mean()
 
 
-class PenaltyState:
-    """The penalty of the accumulation group at hand, and its mean since the last log, which stays on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.now: tuple[Tensor, list[nn.Parameter], list[Tensor]] | None = None  # value, parameters, gradients
-        self.sum = torch.zeros((), device=device)
-        self.steps = 0
-
-    def add(self, value: Tensor) -> None:
-        """Count the penalty (a scalar) of one optimizer step."""
-        self.sum += value
-        self.steps += 1
-
-    def take(self) -> float:
-        """The mean, and start again."""
-        mean = (self.sum / self.steps).item()
-        self.restore({})
-        return mean
-
-    def progress(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"penalty_sum": self.sum.item(), "penalty_steps": self.steps}
-
-    def restore(self, progress: Mapping[str, Any]) -> None:
-        """Set the sum to what a checkpoint holds, or to 0."""
-        self.now = None
-        self.sum.fill_(progress.get("penalty_sum", 0.0))
-        self.steps = progress.get("penalty_steps", 0)
-
-
-def _optimizer(method: Method, trainer: Any) -> torch.optim.Optimizer:
-    """The optimizer that a method asks for, with the settings of the trainer's flags."""
-    args = trainer.args
-    return method.optimizer(
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_epsilon,
-        args.weight_decay,
-        decayed=set(trainer.get_decay_parameter_names(trainer.model)),
-    )
-
-
-class LoRATrainer(ExactResume):
+class LoRATrainer(WithPenalty, ExactResume):
     """Trainer of an adapted (or, without `adapter`, of a fully fine-tuned) sequence classifier.
 
     Args:
-        method: what to train with. It brings penalty, optimizer and state; the four arguments for these below are for
-            a variant of LoRA that has no `Method`.
-        penalty: returns a scalar from the model's factors; its gradient enters at the end of each accumulation group,
-            before clipping, exactly as if `penalty_coef * penalty()` were part of every micro-batch's loss.
-        penalty_coef: weight of the penalty; with 0 it is not computed (ledger L7).
-        penalty_name: name under which the unweighted penalty is logged.
-        make_optimizer: builds the run's one optimizer from the trainer, instead of the stock choice by flags.
+        method, penalty, penalty_coef, penalty_name, make_optimizer: see `WithPenalty`.
         adapter: facts for the adapter's config file (method, r, alpha, ...); None for full fine-tuning.
         class_weights: weight of each class in the training loss; evaluation losses are not weighted.
         kwargs: as `ExactResume` and the stock Trainer.
     """
 
+    state_in_optimizer = False  # method_state.safetensors has it
+
     def __init__(
         self,
         *,
         method: Method | None = None,
-        penalty: Callable[[], Tensor] | None = None,
-        penalty_coef: float = 0.0,
-        penalty_name: str = "penalty",
-        make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
         adapter: dict[str, Any] | None = None,
         class_weights: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         if method is not None:
-            penalty, penalty_coef, penalty_name = method.penalty, method.penalty_coef, method.penalty_name
             kwargs["method_state"] = method.state
-            if method.own_groups:
-                make_optimizer = partial(_optimizer, method)
-        super().__init__(**kwargs)
-        self.method = method
-        if method is not None:
-            self.add_callback(MethodCallback(method, self.add_scalars))
+        super().__init__(method=method, **kwargs)
         # DeBERTa's forward takes **kwargs, which the Trainer reads as "divides its loss itself"; ours does not.
         self.model_accepts_loss_kwargs = False
-        self.penalty = penalty if penalty_coef else None
-        self.penalty_coef, self.penalty_name = penalty_coef, penalty_name
-        self.make_optimizer = make_optimizer
         self.adapter = adapter
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
-        self._penalties = PenaltyState(self.args.device)
         self.running_sums.append(self._penalties)
         name = "full" if adapter is None else adapter.get("method", "full")
         self.settings |= {"method": name, "modules": [name for name, _ in adapted_layers(self.model)]}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and getattr(self.args, "logging_dir", None) is not None:
                 callback.logging_dir = self.args.logging_dir
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.make_optimizer is not None:
-            self.optimizer = self.make_optimizer(self)
-        return super().create_optimizer(model)
 
     # ---- loss ----
 
@@ -169,31 +103,8 @@ class LoRATrainer(ExactResume):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.penalty is not None:
-            if self._penalties.now is None:  # parameters stay the same within a group: once is enough
-                self._penalties.now = self._differentiate(self.penalty)
-            value, parameters, gradients = self._penalties.now
-            loss = loss + self.penalty_coef * value / self.current_gradient_accumulation_steps
-            if self.accelerator.sync_gradients:
-                # After the last backward: processes have averaged their gradients, and the penalty's, the same on all
-                # of them, counts once.
-                scaler = self.accelerator.scaler
-                if scaler is not None:
-                    gradients = list(torch._foreach_mul(gradients, scaler._scale))
-                own: list[Any] = [p.grad for p in parameters]
-                torch._foreach_add_(own, gradients, alpha=self.penalty_coef)
-                self._penalties.add(value)
-                self._penalties.now = None
         self._watch(loss)
         return loss
-
-    def _differentiate(self, penalty: Callable[[], Tensor]) -> tuple[Tensor, list[nn.Parameter], list[Tensor]]:
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        with torch.autocast(self.args.device.type, enabled=False):
-            value = penalty()
-            gradients = torch.autograd.grad(value, trainable, allow_unused=True)
-        pairs = [(p, g) for p, g in zip(trainable, gradients, strict=True) if g is not None]
-        return value.detach(), [p for p, _ in pairs], [g for _, g in pairs]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, but several processes count each row once in the loss, as they do in the metrics."""
@@ -209,20 +120,7 @@ class LoRATrainer(ExactResume):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train:
             self.check_finite()
-        if "loss" in logs and self._penalties.steps:
-            mean = self._penalties.take()
-            logs["task_loss"] = logs["loss"] - self.penalty_coef * mean
-            logs[self.penalty_name] = mean
-        elif "loss" in logs:
-            logs["task_loss"] = logs["loss"]
         super().log(logs, start_time)
-
-    def add_scalars(self, values: Mapping[str, float]) -> None:
-        """Write values to TensorBoard under these very names, at the current step, where TensorBoard is on."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                for name, value in values.items():
-                    callback.tb_writer.add_scalar(name, value, self.state.global_step)
 
     # ---- files ----
 
