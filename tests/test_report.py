@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import re
 import statistics
@@ -20,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors.numpy import save_file
 from scipy import stats
 
-from loralib.report import comparison, figures, page
+from loralib.report import comparison, figures, page, tuning
 from loralib.report.spectrum import adapter_spectra, effective_rank, singular_values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +131,32 @@ def test_paired_interval_is_scipys() -> None:
     assert n == 6 and (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
     assert comparison.verdict(2, 5.0, float("inf")) == "too small to tell (n = 2)"
     assert [comparison.verdict(5, m, 1.0) for m in (-2, 0.5, 2)] == ["lower", "no difference seen", "higher"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test(p: list[float]) -> None:
+    """A hypothesis is rejected when Bonferroni rejects every set of hypotheses that holds it."""
+    sets = [s for k in range(1, len(p) + 1) for s in itertools.combinations(range(len(p)), k)]
+    expected = [max(min(1.0, len(s) * min(p[j] for j in s)) for s in sets if i in s) for i in range(len(p))]
+    assert comparison.holm(p) == pytest.approx(expected)
+    assert np.isnan(comparison.holm([float("nan"), 0.01])[0]) and comparison.holm([float("nan"), 0.01])[1] == 0.01
+
+
+def test_p_is_scipys() -> None:
+    rng = np.random.default_rng(4)
+    ours, theirs = rng.normal(1, 1, 5), rng.normal(0, 1, 5)
+    expected = stats.ttest_rel(ours, theirs).pvalue
+    assert comparison.p_value(dict(enumerate(ours)), dict(enumerate(theirs))) == pytest.approx(expected)
+    assert np.isnan(comparison.p_value({1: 2.0, 2: 3.0}, {1: 1.0, 2: 1.0}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=7), st.booleans())
+def test_expected_best_is_the_mean_over_all_subsets(scores: list[float], error: bool) -> None:
+    best = min if error else max
+    expected = [statistics.fmean(best(s) for s in itertools.combinations(scores, k)) for k in range(1, len(scores) + 1)]
+    assert tuning.expected_best(scores, "mse" if error else "accuracy") == pytest.approx(expected)
 
 
 def test_published_rows_average_as_the_papers_say() -> None:
@@ -253,6 +280,78 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path, capsys: p
     assert "the report cannot be written" in error and "--out" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_runs_on_other_rows_are_no_pair(tmp_path: Path) -> None:
+    """An edited copy with fewer rows or epochs is not paired silently: the setting is named."""
+
+    def one(method: str, seed: int, samples: int = 277, limit: int | None = None) -> None:
+        arguments = {"seed": seed, "max_eval_samples": limit}
+        metrics = {"eval_accuracy": 0.5 + seed / 10, "eval_samples": samples}
+        make_run(tmp_path / method / f"{seed}", method, seed=seed, arguments=arguments, metrics=metrics)
+
+    for seed in (1, 2, 3):
+        one("lora", seed)
+        one("sora", seed)
+        one("adalora", seed, limit=64)
+        one("rm-lora-v1", seed, samples=9)
+    text = text_of(tmp_path)
+    assert "| rte, adalora | 3 | - | - | - | not compared: max_eval_samples 64 against None |" in text
+    assert "| rte, rm-lora-v1 | 3 | - | - | - | not compared: eval rows 9 against 277 |" in text
+    assert re.search(r"\| rte, sora \| 3 \| [+-]\d", text)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_results_file_gives_the_report_of_its_folders(tmp_path: Path) -> None:
+    from loralib.sweep.records import ResultsFile
+
+    file = ResultsFile(tmp_path / "committed" / "results.jsonl")
+    for method, r in METHODS.items():
+        for seed in (1, 2, 3):
+            file.add(make_run(tmp_path / "runs" / method / f"seed{seed}", method, seed=seed, r=r), method)
+    with open(file.path, "a") as lines:
+        lines.write('{"version": 1, "arguments": {}, "steps": "x"}\n')
+    for selection in ("last", "best", "heldout"):
+        whole = text_of(tmp_path / "runs", "--selection", selection)
+        assert report.main([str(file.path), "--selection", selection]) == 0
+        small = (file.path.parent / "report.md").read_text()
+        listed = (
+            "\n\n## Runs that do not count\n\n- `line 16`: its record is not one of this project's: steps is no number"
+        )
+        assert listed in small and small.replace(listed, "") == whole
+    assert report.main([str(tmp_path / "runs")]) == 0
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
+    def run(method: str, value: float, seed: int, score: float) -> None:
+        arguments = {"seed": seed, "learning_rate": value, "model_name_or_path": "m"}
+        folder = tmp_path / "rte" / f"{method},learning_rate={value}" / f"seed{seed}"
+        make_run(folder, method, seed=seed, arguments=arguments, metrics={"eval_accuracy": score})
+
+    choices = []
+    for method, best, scores in (("lora", 0.002, [0.6, 0.7]), ("sora", 0.001, [0.8, None])):
+        trials = [{"values": {"learning_rate": f"{v}"}, "seed": 1, "score": s, "status": "finished"}
+                  for v, s in zip((0.001, 0.002), scores, strict=True)]  # fmt: skip
+        choices.append({"task": "rte", "method": method, "metric": "accuracy", "values": {"learning_rate": f"{best}"},
+                        "mean": max(s for s in scores if s), "edges": ["learning_rate"], "scores": trials})  # fmt: skip
+        for value in (0.001, 0.002):
+            run(method, value, 1, 0.1)
+            for seed in (2, 3, 4) if value == best else ():
+                run(method, value, seed, 0.9)
+    tuned = {"version": 1, "selection": "last", "tune_seeds": [1], "seeds": [2, 3, 4], "choices": choices}
+    (tmp_path / "tuning.json").write_text(json.dumps(tuned))
+    text = text_of(tmp_path)
+    assert "| lora | 90.00 ± 0.00 (n=3) |" in text and "10.00" not in text and "4 trials and runs with other" in text
+    assert "| rte, lora | learning_rate 0.002 | 2 | 0 | 70.00 | at the edge of its grid: learning_rate |" in text
+    assert "| rte, sora | learning_rate 0.001 | 2 | 1 | 80.00 |" in text and "same number of trials" in text
+    assert "| rte, lora | 65.00 | 70.00 |" in text
+    choices[0]["scores"].pop()
+    (tmp_path / "tuning.json").write_text(json.dumps(tuned))
+    assert "unlike numbers of trials" in text_of(tmp_path)
+    (tmp_path / "tuning.json").write_text("{")
+    assert report.main([str(tmp_path)]) == 2
+
+
 HOSTILE = r"$\frac{x <b>|`__init__` =cmd"
 
 
@@ -309,7 +408,7 @@ def test_names_of_users_are_text_everywhere(tmp_path: Path) -> None:
     assert r"\$\\frac\{x &lt;b&gt;\|\`\_\_init\_\_\` =cmd" in text
     assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \$\\alpha\$ \[a\](b)" in text
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| =2")}
-    assert len(widths) == 2  # differences and costs: no row has more bars than its table
+    assert widths == {7}  # differences and costs: no row has more bars than its table
     with open(tmp_path / "report.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["task"] for line in lines if line["seed"]] == ["'=2+3", "'=2+3", "rte"]

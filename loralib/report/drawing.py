@@ -135,7 +135,7 @@ def _draw_spectra(folder: Folder, task: str, runs: Mapping[str, Sequence[Run]]) 
         for run in of:
             try:
                 spectra += adapter_spectra(run.folder).values()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue  # full fine-tuning has no adapter, and a record alone has none either
             except (OSError, ValueError) as error:
                 folder.problems.append(escape(f"The adapter of {run.folder.name} of {task}, {name}, seed {run.seed} "

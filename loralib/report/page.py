@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,6 +20,7 @@ from loralib.report.tables import (
     published_tables,
     stage_table,
 )
+from loralib.report.tuning import chosen_table, expected_table, final_runs, read_tuning, trials_are_equal
 
 SELECTIONS = {
     "last": "the end of each run (where a run was told to load its best checkpoint, that one), validation split",
@@ -64,10 +66,13 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None)
     found, others = read(root)
     if not found and not others:
         raise InputError(f"no run.json below {root}: give the folder that holds the runs' output folders.")
+    tuning = read_tuning(root)
+    finals = final_runs(found, tuning) if tuning else found
     out.mkdir(parents=True, exist_ok=True)
-    runs = frame(found, selection)
+    runs = frame(finals, selection)
     made, problems = draw(runs, selection, out)
-    parts = ["# Results", *_results(runs, selection), *_costs(runs), *_beside(runs, selection, published)]
+    parts = ["# Results", *_results(runs, selection), *_tuned(tuning, len(found) - len(finals))]
+    parts += [*_costs(runs), *_beside(runs, selection, published)]
     if others:
         lines = (f"- {code(str(folder.relative_to(root)))}: {escape(reason)}" for folder, reason in others)
         parts += ["## Runs that do not count", "\n".join(lines)]
@@ -101,10 +106,30 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     if differences:
         text = (
             "On the same seeds, in points of the task's first metric; the interval is the paired 95 % interval of the "
-            "t distribution, not corrected for the number of comparisons."
+            "t distribution. p (Holm) is that of the paired t test, corrected for the number of comparisons here."
         )
         parts += ["## Difference to LoRA", text, differences]
     return parts
+
+
+def _tuned(tuning: Mapping[str, Any] | None, trials: int) -> list[str]:
+    if tuning is None:
+        return []
+    equal = trials_are_equal(tuning)
+    fair = "Each method had the same number of trials." if equal else (
+        "**The methods had unlike numbers of trials**: the best of more trials is better by chance."
+    )  # fmt: skip
+    text = (
+        f"The numbers above are of the values below, with seeds that took no part in the choice; {trials} trials and "
+        f"runs with other values are left out. A value was chosen by the mean score of its trials with the seeds "
+        f"{', '.join(map(str, tuning['tune_seeds']))}. {fair}"
+    )
+    expected = (
+        "What the best of so many trials scores on average, over all subsets of the trials; a trial without a score "
+        "counts with the worst one that was seen."
+    )
+    parts = ["## Chosen values", text, chosen_table(tuning)]
+    return [*parts, "## Expected best score against the number of trials", expected, expected_table(tuning)]
 
 
 def _costs(runs: pd.DataFrame) -> list[str]:
@@ -132,14 +157,15 @@ def _beside(runs: pd.DataFrame, selection: str, published: Path | None) -> list[
 def main(argv: Sequence[str] | None, description: str, published: Path) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with runs at any depth")
+    parser.add_argument("folder", type=Path, help="folder with runs at any depth, or a compact results file")
     parser.add_argument(
         "--selection", choices=list(SELECTIONS), default="last", help="which evaluation of a run counts"
     )
-    parser.add_argument("--out", type=Path, help="where to write (default: the folder itself)")
+    parser.add_argument("--out", type=Path, help="where to write (default: that folder, or the file's)")
     args = parser.parse_args(argv)
+    default = args.folder.parent if args.folder.is_file() else args.folder
     try:
-        print(report(args.folder, args.out or args.folder, args.selection, published))
+        print(report(args.folder, args.out or default, args.selection, published))
     except InputError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2

@@ -73,6 +73,12 @@ class Run:
         return self.data.get("arguments") or {}
 
     @property
+    def arm(self) -> str:
+        """The method's name in the sweep that made the run: of its record, else of its folder."""
+        named_by_folder = self.folder.parent.name.partition(",")[0] if self.folder.name.startswith("seed") else ""
+        return str(self.data.get("arm") or named_by_folder or self.method)
+
+    @property
     def method(self) -> str:
         """The method that the run names, with lora-orth for LoRA with a penalty."""
         name = str(self.data.get("method", "?"))
@@ -155,7 +161,35 @@ def named(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def read(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
-    """Finished trainings below `root`, and every other run's folder with the reason why it does not count."""
+    """Finished trainings below `root`, and every other run's folder with the reason why it does not count.
+
+    Args:
+        root: a folder of runs, or a compact results file (one record a line).
+    """
+    runs, others = _read_records(root) if root.is_file() else _read_folders(root)
+    name_variants(runs)
+    return runs, others
+
+
+def _read_records(file: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
+    runs, others = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        place = file / f"line {number}"
+        try:
+            data = json.loads(line)
+            check_results(data, "its record")
+        except (ValueError, RecursionError) as error:
+            others.append((place, str(error) if "its record" in str(error) else "its record is cut short or no JSON"))
+            continue
+        run = Run(place, data)
+        if data.get("status") == "finished":
+            runs.append(run)
+        else:
+            others.append((place, f"{run.method} on {run.task}, seed {run.seed}: {data.get('status')}"))
+    return runs, others
+
+
+def _read_folders(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
     runs, others = [], []
     folders = {p.parent for name in ("run.json", "run.log") for p in root.rglob(name)}
     folders |= {p.parent for p in root.rglob("checkpoint-*") if p.is_dir()}
@@ -178,7 +212,6 @@ def read(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
             runs.append(run)
         else:
             others.append((folder, f"{run.method} on {run.task}, seed {run.seed}: {data.get('status')}"))
-    name_variants(runs)
     return runs, others
 
 

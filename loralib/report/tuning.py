@@ -1,0 +1,101 @@
+"""What a sweep tuned: its record, which runs are final ones, the values chosen, and the best score to expect."""
+
+import json
+from collections.abc import Mapping, Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from loralib.errors import InputError
+from loralib.report.runs import SMALLER_IS_BETTER, Run, name_variants
+from loralib.report.tables import escape, percent, table
+
+TUNING_FILE = "tuning.json"
+
+
+def read_tuning(root: Path) -> dict[str, Any] | None:
+    """The record of the tuning beside the runs; None where nothing was tuned.
+
+    Raises:
+        InputError: it is cut short or not one of this project's.
+    """
+    file = (root if root.is_dir() else root.parent) / TUNING_FILE
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for choice in found["choices"]:
+            if not choice["scores"] or not isinstance(choice["values"], dict):
+                raise ValueError
+        return {**found, "tune_seeds": list(found["tune_seeds"]), "seeds": list(found["seeds"])}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is no record of a tuning: remove it, or run the sweep again.") from error
+
+
+def final_runs(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
+    """The runs that judge the choice: of a tuned task and method, with the chosen values and a seed that tuned nothing.
+
+    Runs of other tasks and methods are kept as they are.
+    """
+    chosen = {(c["task"], c["method"]): c["values"] for c in tuning["choices"]}
+    found = []
+    for run in runs:
+        values = chosen.get((run.task, run.arm))
+        if values is None or (run.seed not in tuning["tune_seeds"] and all(_is(run, n, v) for n, v in values.items())):
+            found.append(run)
+    name_variants(found)
+    return found
+
+
+def _is(run: Run, name: str, value: str) -> bool:
+    done = run.arguments.get(name)
+    try:
+        return float(value) == float(done)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return str(done).lower() == value.lower()
+
+
+def chosen_table(tuning: Mapping[str, Any]) -> str:
+    """Chosen values, number of trials and their score, for each task and method."""
+    rows = []
+    for choice in tuning["choices"]:
+        values = ", ".join(f"{name} {value}" for name, value in choice["values"].items())
+        edge = f"at the edge of its grid: {', '.join(choice['edges'])}" if choice["edges"] else "inside"
+        diverged = sum(score["score"] is None for score in choice["scores"])
+        score = f"{percent(choice['metric'], [choice['mean']])[0]:.2f}"
+        rows.append([escape(f"{choice['task']}, {choice['method']}"), escape(values), str(len(choice["scores"])),
+                     str(diverged), score, escape(edge)])  # fmt: skip
+    return table(["task, method", "chosen", "trials", "without a score", "mean score of the choice", "place"], rows)
+
+
+def trials_are_equal(tuning: Mapping[str, Any]) -> bool:
+    """Whether every method had the same number of trials on each task."""
+    counts: dict[str, set[int]] = {}
+    for choice in tuning["choices"]:
+        counts.setdefault(choice["task"], set()).add(len(choice["scores"]))
+    return all(len(found) == 1 for found in counts.values())
+
+
+def expected_best(scores: Sequence[float], metric: str = "") -> list[float]:
+    """Expected best score of k trials, for k = 1 to their number n, without bias.
+
+    The mean over all subsets of k of the n trials, drawn without putting back: of the i-th smallest score, the share of
+    subsets whose best it is, is C(i - 1, k - 1) / C(n, k) (Show Your Work, arXiv 1909.03004, without its bias; Tang et
+    al. 2020).
+    """
+    order = sorted(scores, reverse=metric in SMALLER_IS_BETTER)
+    n = len(order)
+    return [sum(order[i - 1] * comb(i - 1, k - 1) for i in range(k, n + 1)) / comb(n, k) for k in range(1, n + 1)]
+
+
+def expected_table(tuning: Mapping[str, Any]) -> str:
+    """Expected best trial score against the number of trials; a trial without a score counts with the worst one."""
+    rows, longest = [], max(len(choice["scores"]) for choice in tuning["choices"])
+    for choice in tuning["choices"]:
+        known = [s["score"] for s in choice["scores"] if s["score"] is not None]
+        worst = max(known) if choice["metric"] in SMALLER_IS_BETTER else min(known)
+        scores = [worst if s["score"] is None else s["score"] for s in choice["scores"]]
+        values = percent(choice["metric"], expected_best(scores, choice["metric"]))
+        cells = [f"{value:.2f}" for value in values] + ["-"] * (longest - len(values))
+        rows.append([escape(f"{choice['task']}, {choice['method']}"), *cells])
+    return table(["task, method", *(f"{k} trials" if k > 1 else "1 trial" for k in range(1, longest + 1))], rows)
