@@ -42,8 +42,8 @@ class AdaLoRAArguments(LoRAArguments):
     apply_adalora: bool = flag(False, "Allocate the budget of singular values while training (needs lora_type svd).")
     target_rank: int | None = flag(None, "b^(T) / matrices: average rank at the end, below lora_r.")
     target_total_rank: int | None = flag(None, "b^(T): ranks of all matrices together at the end.")
-    init_warmup: int = flag(0, "t_i: steps at the start without pruning.")
-    final_warmup: int = flag(0, "t_f: steps at the end at the target budget.")
+    init_warmup: float = flag(0, "t_i: steps at the start without pruning; below 1 a fraction of all steps.")
+    final_warmup: float = flag(0, "t_f: steps at the end at the target budget; below 1 a fraction of all steps.")
     mask_interval: int = flag(10, "Delta_T: steps between two prunings.")
     beta1: float = flag(0.85, "beta_1: decay of the average of importance.")
     beta2: float = flag(0.85, "beta_2: decay of the average of its uncertainty.")
@@ -79,7 +79,13 @@ class AdaLoRAArguments(LoRAArguments):
         ):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InputError(f"{name} is {value}, it must be {least} or more.")
+                raise InputError(f"{name} is {value:g}, it must be {least} or more.")
+        for name in ("init_warmup", "final_warmup"):
+            value = getattr(self, name)
+            if value >= 1 and value != int(value):
+                raise InputError(f"{name} is {value:g}, it must be a whole number of steps, or a fraction below 1.")
+            if value == int(value):
+                setattr(self, name, int(value))
         if self.target_rank is not None and not 1 <= self.target_rank < self.lora_r:
             raise InputError(
                 f"target_rank is {self.target_rank}, it must lie in 1 to {self.lora_r - 1}, below lora_r = "

@@ -20,8 +20,8 @@ class RankAllocator:
         source: a model adapted with `SVDLinear`, or the `Factors` of another library's triplets; all of one r.
         target_rank: average number of singular values a matrix that remain, 1 <= target_rank < r.
         target_total_rank: their total over all matrices; decides over target_rank when given.
-        init_warmup: steps at the start without any mask (paper: t_i).
-        final_warmup: steps at the end at the target budget (paper: t_f).
+        init_warmup: steps at the start without any mask (paper: t_i); below 1 a fraction of all steps.
+        final_warmup: steps at the end at the target budget (paper: t_f); below 1 a fraction of all steps.
         mask_interval: steps between masks in between (paper: Delta_T).
         total_step: optimizer steps of the whole run (paper: T); None until `begin` is told.
         beta1, beta2: decay of the averages of importance and of its uncertainty, in (0, 1).
@@ -35,8 +35,8 @@ class RankAllocator:
         source: nn.Module | Factors,
         *,
         target_rank: int | None,
-        init_warmup: int,
-        final_warmup: int,
+        init_warmup: float,
+        final_warmup: float,
         mask_interval: int,
         total_step: int | None = None,
         target_total_rank: int | None = None,
@@ -52,7 +52,8 @@ class RankAllocator:
         self.r = len(self.E[0])
         self.total_rank = sum(e.shape[0] for e in self.E)
         self.target_total = check_budget(self.total_rank, len(self.names), target_rank, target_total_rank)
-        self.init_warmup, self.final_warmup, self.mask_interval = init_warmup, final_warmup, mask_interval
+        self.warmups, self.mask_interval = (init_warmup, final_warmup), mask_interval
+        self.init_warmup, self.final_warmup = (int(value) for value in self.warmups)  # until `begin` is told
         self.beta1, self.beta2 = beta1, beta2
         self.total_step = 0
         if total_step is not None:
@@ -65,6 +66,7 @@ class RankAllocator:
         Raises:
             InputError: the two warm-ups leave no step in between (ledger A6).
         """
+        self.init_warmup, self.final_warmup = (whole_steps(value, total_step) for value in self.warmups)
         check_schedule(self.init_warmup, self.final_warmup, total_step)
         self.total_step = total_step
 
@@ -232,6 +234,11 @@ def check_budget(total: int, matrices: int, target_rank: int | None, target_tota
             f"target_total_rank {target_total_rank}: give one of the two."
         )
     return target_total_rank if target_total_rank is not None else (target_rank or 0) * matrices
+
+
+def whole_steps(value: float, total_step: int) -> int:
+    """A number of steps, or the nearest one to a fraction of all steps, which a value below 1 is."""
+    return round(value * total_step) if value < 1 else int(value)
 
 
 def check_schedule(init_warmup: int, final_warmup: int, total_step: int) -> None:

@@ -378,6 +378,18 @@ def test_allocator_is_the_naive_one() -> None:
     assert masked == [s > T - tf or (s > ti and s % interval == 0) for s in range(T)]
 
 
+def test_warm_ups_of_the_budget_as_fractions() -> None:
+    """Below 1 they are fractions of all steps, whatever number of steps a run turns out to have."""
+    settings = {"target_rank": 1, "mask_interval": 1}
+    fractions = RankAllocator(Model(SVDLinear), init_warmup=0.1, final_warmup=0.25, **settings)
+    for total, first, last in ((40, 4, 10), (200, 20, 50), (30, 3, 8)):
+        steps = RankAllocator(Model(SVDLinear), init_warmup=first, final_warmup=last, total_step=total, **settings)
+        fractions.begin(total)
+        assert [fractions.schedule(k) for k in range(total)] == [steps.schedule(k) for k in range(total)]
+    with pytest.raises(InputError, match="init_warmup 10 "):
+        RankAllocator(Model(SVDLinear), init_warmup=0.5, final_warmup=0.5, total_step=20, **settings)
+
+
 def test_allocator_lets_ties_fall_together() -> None:
     model = Model(SVDLinear)
     settings = {"init_warmup": 0, "final_warmup": 1, "mask_interval": 1, "total_step": 10}

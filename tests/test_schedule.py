@@ -41,9 +41,11 @@ def flags(tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path) -> list[str]:
     return ["--do_train", "--do_eval", "--apply_lora", *(str(x) for k, v in values.items() for x in (f"--{k}", v))]
 
 
-def test_stages_rise_and_leave_a_curve(flags, entry_point, tmp_path) -> None:
+def test_stages_rise_and_leave_a_curve(flags, entry_point, tmp_path, caplog) -> None:
     out = tmp_path / "out"
     metrics = entry_point("SoRA").main(flags)
+    said = "3 stages: the first trains for 0.5 epochs, each other for 1; 2.5 epochs in all"
+    assert said in caplog.messages and "rising at the end" not in caplog.text
     run = json.loads((out / "run.json").read_text())
     assert [point["lambda"] for point in run["stages"]] == pytest.approx([0.0, 0.1, 0.2])
     assert [point["steps"] for point in run["stages"]] == [2, 4, 4]  # 64 rows: 4 steps an epoch
@@ -123,3 +125,15 @@ def test_schedule_flags_belong_to_a_schedule(flags, entry_point) -> None:
     at = flags.index("--lambda_schedule")
     with pytest.raises(InputError, match="--max_lambda belongs to a schedule"):
         entry_point("SoRA").main(flags[:at] + flags[at + 2 :])
+
+
+def test_a_warm_up_that_reaches_the_end_is_warned_of(tiny_model_dir, mrpc_dir, entry_point, tmp_path, caplog) -> None:
+    flags = (
+        f"--model_name_or_path {tiny_model_dir} --dataset_name {mrpc_dir} --do_train --apply_lora --lora_r 2 "
+        "--lora_alpha 4 --max_steps 2 --max_seq_length 32 --report_to none --save_strategy no --learning_rate 0.01"
+    ).split()
+    for warmup, warned in (("1", False), ("0.4", False), ("2", True), ("200", True)):
+        caplog.clear()
+        entry_point("AdaLoRA").main([*flags, "--warmup_steps", warmup, "--output_dir", str(tmp_path / warmup)])
+        words = f"the warm-up of {warmup} steps reaches the 2 steps of the run"
+        assert (words in caplog.text) == warned

@@ -316,6 +316,14 @@ def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *l
             args.gradient_accumulation_steps,
             trainer.total_steps(),
         )
+        warmup = args.get_warmup_steps(trainer.total_steps())
+        if warmup >= trainer.total_steps():
+            logger.warning(
+                "the learning rate is still rising at the end: the warm-up of %d steps reaches the %d steps of the "
+                "run; lower --warmup_steps (below 1 it is a fraction of the steps) or train longer",
+                warmup,
+                trainer.total_steps(),
+            )
     if args.n_gpu > 1:
         logger.warning(
             "one process drives %d GPUs (nn.DataParallel): the effective batch is %d, and step-based settings see "

@@ -52,6 +52,8 @@ def train_in_stages(
     load_start(run, model)
     parts = trainer_parts(run, data, tokenizer, run.arguments[1], model)
     *earlier, last = methods
+    if earlier:
+        logger.info("%s", lengths(run.training, len(methods), epochs))
     for number, method in enumerate(earlier):
         stage = start_stage(run, number, run.training.num_train_epochs if number == 0 else epochs)
         trainer = trainer_of(stage, method, parts | {"args": stage.training}, data.task)
@@ -66,6 +68,21 @@ def train_in_stages(
     if earlier:
         show_stages(run)
     return metrics
+
+
+def lengths(training: Any, count: int, epochs: float | None) -> str:
+    """How long the stages of a schedule train, as a sentence."""
+    if training.max_steps > 0:
+        first = f"{training.max_steps} steps"
+        return (
+            f"{count} stages: the first trains for {first}, each other for {f'{epochs:g} epochs' if epochs else first}"
+        )
+    length = epochs or training.num_train_epochs
+    total = training.num_train_epochs + length * (count - 1)
+    return (
+        f"{count} stages: the first trains for {training.num_train_epochs:g} epochs, each other for {length:g}; "
+        f"{total:g} epochs in all"
+    )
 
 
 def start_stage(run: Run, number: int, epochs: float | None) -> Run:
