@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.17", "mypy>=2.4", "peft>=0.19", "setuptools>=77"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.17", "mypy>=2.4", "peft>=0.19", "setuptools>=77", "trl>=1.16,<2"]
 
 setup(
     name="rm-lora-glue",
@@ -19,7 +19,7 @@ setup(
         "torch>=2.6,<3",
         "transformers>=5.17,<6",
         "accelerate>=1.13,<2",
-        "datasets>=4.4,<6",
+        "datasets>=4.7,<6",
         "evaluate>=0.4.6,<0.5",
         "safetensors>=0.8",
         "scikit-learn>=1.5",

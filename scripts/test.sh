@@ -17,7 +17,7 @@ case "${1:-}" in
         rm -rf "${root:?}/$venv" # pip upgrades nothing that is there
         ;;
 esac
-setup_env "$venv" "[test]" "$constraints" pytest hypothesis ruff mypy peft
+setup_env "$venv" "[test]" "$constraints" pytest hypothesis ruff mypy peft trl
 cd "$root"
 if [[ "$venv" == .venv ]]; then
     "$python" -m ruff check . || die "ruff found what is listed above: 'ruff check --fix .' repairs most of it."
