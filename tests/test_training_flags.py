@@ -69,6 +69,8 @@ REFUSED = {
     "neftune_noise_alpha -1": "neftune_noise_alpha is -1.0, it must be 0 or more",
     "optim galore_adamw": "--optim galore_adamw is not supported: it does not step once",
     "optim lomo": "--optim lomo is not supported",
+    "optim schedule_free_adamw": "it evaluates other weights than the ones that are saved",
+    "optim grokadamw": "ends with other weights than an undisturbed one",
     "optim adamw_anyprecision": "--optim adamw_anyprecision cannot be had here: .*torchdistx",
     "optim sgd --optim_args momentum": "optim_args is 'momentum', it must be names and numbers",
     "optim sgd --optim_args momentum=much": "--optim sgd with optim_args 'momentum=much' cannot be had here",

@@ -74,9 +74,15 @@ WORK = """
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at the evaluations
 _CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")  # older and newer name
 _CHECKPOINTING_KEYS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
-# Optimizers that update within the backward pass, or project the gradients of whole matrices: a mask, a penalty or the
-# importance of a method would come too late, or would find nothing.
-_OTHER_OPTIMIZERS = ("lomo", "adalomo", "galore", "apollo")
+_NOT_AT_ONCE = "it does not step once on the gradients of all parameters, which masks, penalties and importance need"
+_OTHER_OPTIMIZERS = {
+    "adalomo": _NOT_AT_ONCE,
+    "apollo": _NOT_AT_ONCE,
+    "galore": _NOT_AT_ONCE,
+    "lomo": _NOT_AT_ONCE,
+    "grokadamw": "a run that goes on from its checkpoint ends with other weights than an undisturbed one",
+    "schedule_free": "it evaluates other weights than the ones that are saved",
+}
 _STEPS = 100  # of the schedule that is tried out
 
 
@@ -222,11 +228,9 @@ def check_compiler(args: TrainingArguments) -> None:
 
 def _check_optimizer(args: TrainingArguments, parameter: nn.Parameter) -> None:
     name = str(getattr(args.optim, "value", args.optim))
-    if name.startswith(_OTHER_OPTIMIZERS):
-        raise InputError(
-            f"--optim {name} is not supported: it does not step once on the gradients of all parameters, which masks, "
-            "penalties and importance need; use adamw_torch, adafactor, sgd or another one."
-        )
+    for start, why in _OTHER_OPTIMIZERS.items():
+        if name.startswith(start):
+            raise InputError(f"--optim {name} is not supported: {why}; use adamw_torch, adafactor, sgd or another one.")
     if name in ("adamw_torch", "adamw_torch_fused") and not args.optim_args:
         return
     given = str(args.optim_args or "").replace(" ", "")
