@@ -1,7 +1,7 @@
 """Put adapted layers into a model by module name, choose what trains, count parameters."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,19 +102,21 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
     if (first := next(adapted_layers(model), None)) is not None:
         raise InputError(f"the model is adapted already ({first[0]}): adapt a freshly loaded one.")
     names = match_modules(model, modules)
-    places: dict[int, list[str]] = {}  # a model may hold one layer in several places
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        adapted = layer(linear, **settings)
-        for place in places[id(linear)]:
+    linears = {name: model.get_submodule(name) for name in names}
+    put_layers(model, {name: layer(linear, **settings) for name, linear in linears.items()})  # type: ignore[arg-type]
+    return names
+
+
+def put_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Put adapted layers, each made from the linear layer of its name, into a model, and freeze as `adapt` does."""
+    replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    # a model may hold one layer in several places
+    for place, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in replaced:
             parent, _, child = place.rpartition(".")
-            setattr(model.get_submodule(parent), child, adapted)
+            setattr(model.get_submodule(parent), child, replaced[id(module)])
     mark_trainable(model)
     prepare_at_once(model)
-    return names
 
 
 def mark_trainable(model: nn.Module) -> None:

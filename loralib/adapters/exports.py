@@ -5,14 +5,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from loralib.adapt import adapt, adapted_layers, backbone_of
+from loralib.adapt import adapt, adapted_layers
 from loralib.adapters.own import load_adapter, other_backbone, read_own
-from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_number
+from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json, read_number
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
 from loralib.kernels.prepare import prepare_one_by_one
@@ -110,8 +110,8 @@ def export_merged(
     from transformers import AutoTokenizer
 
     adapter = read_run(run)
-    model, name, revision = _base_model(adapter, base)
-    if other_backbone(adapter.config, adapter.rest, model):
+    model, name, revision = base_model(adapter, base)
+    if other_base(adapter, model):
         raise InputError(
             f"the weights of the base model {name} are not those that {adapter.source} was trained on: give that model "
             "by --base."
@@ -119,7 +119,7 @@ def export_merged(
     if layer is None:
         adapter = folded(adapter)
         own = dict(model.named_parameters())
-        _check_shapes(adapter, own)
+        check_shapes(adapter, own)
         with torch.no_grad():
             for matrix, m in adapter.matrices.items():
                 own[f"{matrix}.weight"].add_(m["lora_B"] @ m["lora_A"], alpha=adapter.scaling[matrix])
@@ -166,9 +166,32 @@ def merge(model: nn.Module) -> None:
     prepare_one_by_one(model)
 
 
-def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", str, str | None]:
-    """The pretrained classifier under an adapter, with the head's shape; its name and revision."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def language_model(source: Any) -> bool:
+    """Whether a folder's config.json, or a config, is that of a decoder with its own output layer."""
+    if isinstance(source, Path):
+        file = source / "config.json"
+        architectures = read_json(file).get("architectures") if file.is_file() else None
+    else:
+        architectures = getattr(source, "architectures", None)
+    return any(str(name).endswith("ForCausalLM") for name in architectures or ())
+
+
+def other_base(adapter: Adapter, model: nn.Module) -> bool:
+    """Whether an adapter was trained on another base model than this one."""
+    return other_backbone(adapter.config, adapter.rest, model)
+
+
+def base_model(
+    adapter: Adapter, base: str | None, outputs: int | None = None
+) -> tuple["PreTrainedModel", str, str | None]:
+    """The pretrained model under an adapter, with the head's shape; its name and revision.
+
+    A classifier, or a language model where the adapter's config.json or PEFT's task type says so.
+
+    Args:
+        outputs: number of outputs where the adapter has no config.json; None: what the base model's says.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     name = base or adapter.config.get("base_model")
     if not isinstance(name, str) or not name:
@@ -179,8 +202,13 @@ def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", 
     tensors = [*(m["lora_A"] for m in adapter.matrices.values()), *adapter.rest.values()]
     dtype = tensors[0].dtype if tensors else torch.float32  # as trained, whatever the base's file holds
     try:
-        config = AutoConfig.from_pretrained(adapter.source if (adapter.source / "config.json").is_file() else name)
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        own = (adapter.source / "config.json").is_file()
+        config = AutoConfig.from_pretrained(adapter.source if own else os.path.expanduser(name))
+        if outputs is not None and not own and config.num_labels != outputs:
+            config.num_labels = outputs
+        decoder = language_model(adapter.source) or adapter.config.get("task_type") == "CAUSAL_LM"
+        kind: Any = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
+        model, found = kind.from_pretrained(
             os.path.expanduser(name),
             config=config,
             revision=revision or "main",
@@ -194,10 +222,10 @@ def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", 
             f"the base model {name} cannot be loaded{asked}: {' '.join(str(error).split())[:300]} A copy elsewhere is "
             "named by --base."
         ) from error
-    # the head is replaced in any case; of the backbone nothing may be missing
+    # what the adapter holds is replaced in any case; of the rest nothing may be missing
     for lost in sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str):
         key, *shapes = lost if isinstance(lost, tuple | list) else (lost,)
-        if key not in adapter.rest and key.startswith(f"{backbone_of(model)[0]}."):
+        if key not in adapter.rest:
             shown = f" with shapes {' and '.join(str(tuple(s)) for s in shapes)}" if shapes else ""
             raise InputError(
                 f"the base model {name} does not fit {adapter.source}: {key!r} is missing or differs{shown}."
@@ -205,7 +233,7 @@ def _base_model(adapter: Adapter, base: str | None) -> tuple["PreTrainedModel", 
     return model.eval(), name, revision
 
 
-def _check_shapes(adapter: Adapter, own: Mapping[str, Tensor]) -> None:
+def check_shapes(adapter: Adapter, own: Mapping[str, Tensor]) -> None:
     needed = {f"{n}.weight": (m["lora_B"].shape[0], m["lora_A"].shape[1]) for n, m in adapter.matrices.items()}
     for key, shape in (needed | {key: tuple(t.shape) for key, t in adapter.rest.items()}).items():
         if key not in own:

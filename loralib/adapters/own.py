@@ -98,12 +98,21 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Load a trained adapter and head into an adapted model; everything must be there and fit, values stay as saved.
 
     Raises:
-        InputError: missing or unknown keys, other shapes (the message names file, key and both shapes), or another
-            pretrained model.
+        InputError: missing or unknown keys, other shapes (the message names file, key and both shapes), another
+            scaling (alpha), or another pretrained model.
     """
     state, file = read_state(path), Path(path).expanduser() / ADAPTER_CONFIG
-    load_trained(model, state, str(path), head_may_differ=False)
     config = read_json(file) if file.is_file() else {}
+    layers, trained = dict(adapted_layers(model)), config.get("scaling")
+    trained = trained if isinstance(trained, dict) else {}
+    for name in trained:
+        scaling = read_number(trained, name, file)
+        if name in layers and not math.isclose(scaling, layers[name].scaling, rel_tol=1e-6):
+            raise InputError(
+                f"{path} was trained with the scaling {scaling:g} for {name}, this model has {layers[name].scaling:g}: "
+                "adapt it with the lora_alpha and lora_r of adapter.json."
+            )
+    load_trained(model, state, str(path), head_may_differ=False)
     if "backbone_sum" in config:
         read_number(config, "backbone_sum", file)
     if other_backbone(config, state, model):

@@ -1,0 +1,216 @@
+"""The door from Python: what was trained as a model with its tokenizer, and labels and scores for texts."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from loralib.adapt import adapt, put_layers
+from loralib.adapters.exports import base_model, check_shapes, language_model, other_base, read_run
+from loralib.adapters.own import load_adapter, load_trained
+from loralib.adapters.peft import PEFT_CONFIG, read_peft
+from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json, read_number
+from loralib.adapters.start import output_layer
+from loralib.errors import InputError
+from loralib.layers import GatedLinear, LoRALinear, SVDLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def load(
+    folder: str | Path, *, base: str | None = None, layer: type[LoRALinear] | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The model and the tokenizer of a run's output folder, of one of its checkpoints, or of an export.
+
+    An adapter goes into its base model with the layers, the values and the scaling that were trained, and can be
+    trained on or merged (`merge`). Exports of every kind and fully fine-tuned folders load as well. The tokenizer cuts
+    texts to the run's `max_seq_length` where the run's record is there.
+
+    Args:
+        folder: the folder.
+        base: name or folder of the base model, where it is not the recorded one.
+        layer: class of the adapted layers, for one whose `delta_weight` is its own.
+
+    Returns:
+        The model in evaluation mode, in the dtype of the files, and its tokenizer.
+
+    Raises:
+        InputError: nothing of that kind is there, it is incomplete or foreign, or the base model is not to be had or
+            is not the one that was trained on.
+    """
+    folder = Path(folder).expanduser()
+    own = any((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_FILE))
+    if own or (folder / PEFT_CONFIG).is_file():
+        adapter = read_run(folder) if own else _of_peft(folder)
+        model, name, revision = base_model(adapter, base, _outputs(adapter))
+        if other_base(adapter, model):
+            raise InputError(
+                f"the weights of the base model {name} are not those that {folder} was trained on: give that by base=."
+            )
+        _put_in(model, adapter, layer)
+    elif any((folder / name).is_file() for name in WEIGHTS):
+        model, name, revision = _whole(folder), str(folder), None
+    else:
+        raise InputError(f"{folder} holds no adapter and no model: give a run's folder, a checkpoint or an export.")
+    return model.eval(), _tokenizer(folder, name, revision, model)
+
+
+def _of_peft(folder: Path) -> Adapter:
+    adapter, config = read_peft(folder), read_json(folder / PEFT_CONFIG)
+    facts = {"base_model": config.get("base_model_name_or_path"), "base_model_revision": config.get("revision")}
+    return replace(adapter, config=facts | {"task_type": config.get("task_type"), "low_rank": True})
+
+
+def _outputs(adapter: Adapter) -> int | None:
+    """The number of outputs of an adapter's head, by its last layer."""
+    last = output_layer(adapter.rest)
+    return None if last is None else int(adapter.rest[last[0]].shape[0])
+
+
+def _put_in(model: nn.Module, adapter: Adapter, layer: type[LoRALinear] | None) -> None:
+    """Put an adapter's layers into its base model, each with its own rank and the trained scaling."""
+    file, dropout = adapter.source / ADAPTER_CONFIG, adapter.config.get("lora_dropout", 0.0)
+    if layer is not None:
+        r, alpha = (read_number(adapter.config, key, file) for key in ("lora_r", "lora_alpha"))
+        adapt(model, layer, list(adapter.config["ranks"]), r=int(r), lora_alpha=alpha, lora_dropout=dropout)
+        load_adapter(model, adapter.source)
+        return
+    if adapter.config.get("low_rank") is not True:
+        raise InputError(
+            f"{adapter.source} was trained with a layer that defines its own delta_weight or changes the frozen "
+            "weights: give its class by layer=."
+        )
+    check_shapes(adapter, dict(model.named_parameters()))
+    layers = {}
+    for name, tensors in adapter.matrices.items():
+        kind = SVDLinear if "lora_E" in tensors else GatedLinear if "lora_gate" in tensors else LoRALinear
+        linear, r, scaling = model.get_submodule(name), tensors["lora_A"].shape[0], adapter.scaling[name]
+        assert isinstance(linear, nn.Linear)
+        made = kind(linear, r=r, lora_alpha=adapter.config.get("lora_alpha", 1.0), lora_dropout=dropout)
+        if made.scaling != scaling:  # a pattern of alphas, or a scaling of another form
+            made.lora_alpha *= scaling / made.scaling
+        layers[name] = made
+    put_layers(model, layers)
+    state = {f"{name}.{key}": t for name, tensors in adapter.matrices.items() for key, t in tensors.items()}
+    load_trained(model, state | adapter.rest, str(adapter.source), head_may_differ=not adapter.complete)
+
+
+def _whole(folder: Path) -> Any:
+    """A fully fine-tuned or merged model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForCausalLM if language_model(folder) else AutoModelForSequenceClassification
+    try:
+        return kind.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise InputError(f"no model loads from {folder}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _tokenizer(folder: Path, name: str, revision: str | None, model: Any) -> Any:
+    """The tokenizer of the folder, of the run that a checkpoint belongs to, or of the base model."""
+    from transformers import AutoTokenizer
+
+    places = [place for place in (folder, folder.parent) if (place / "tokenizer_config.json").is_file()]
+    source = str(places[0]) if places else os.path.expanduser(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=None if places else revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"no tokenizer loads from {folder} or {source} ({type(error).__name__}).") from error
+    if tokenizer.pad_token is None:  # of a decoder's base; the run's own tokenizer has it
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    for place in (folder, folder.parent):
+        try:
+            length = json.loads((place / "run.json").read_text())["arguments"]["max_seq_length"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(length, int) and 0 < length < tokenizer.model_max_length:
+            logger.info("texts are cut to %d tokens, the max_seq_length of the run", length)
+            tokenizer.model_max_length = length
+        break
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of one text.
+
+    label: the name of the most probable class; of a regression, its number. scores: the probability of each class by
+    its name, largest first; empty for a regression.
+    """
+
+    label: str | float
+    scores: dict[str, float]
+
+
+@torch.no_grad()
+def predict(
+    model: Any,
+    texts: Sequence[str | Sequence[str]],
+    tokenizer: Any = None,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> list[Prediction]:
+    """Labels and scores for texts.
+
+    Args:
+        model: a sequence classifier; or a folder that `load` takes, which then brings its tokenizer.
+        texts: texts, or pairs of texts.
+        tokenizer: the tokenizer of a model.
+        batch_size: texts at once; each batch is padded to its longest.
+        max_length: tokens of a text at most; None: what the tokenizer (see `load`) and the model's positions allow.
+
+    Raises:
+        InputError: as `load`; the texts are no list of texts or pairs; the model is no classifier of one label a text.
+    """
+    if isinstance(model, str | Path):
+        model, own = load(model)
+        tokenizer = own if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise InputError("predict needs the tokenizer of the model: give both, as load returns them, or a folder.")
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise InputError(f"predict takes a list of texts or of pairs, not a {type(texts).__name__}.")
+    names, kind = getattr(model.config, "id2label", {}), getattr(model.config, "problem_type", None)
+    if language_model(model.config) or kind == "multi_label_classification":
+        raise InputError(f"{type(model).__name__} gives no label for a text: predict needs a classifier of one label.")
+    columns = list(zip(*(_as_pair(number, text) for number, text in enumerate(texts)), strict=True))
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    limit = max_length or min(tokenizer.model_max_length, positions)
+    found: list[Prediction] = []
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(texts), batch_size):
+        first, second = (list(column[start : start + batch_size]) for column in columns)
+        pairs = None if second[0] is None else second
+        batch = tokenizer(first, pairs, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        logits = model(**batch.to(model.device)).logits.float()
+        if logits.shape[-1] == 1:
+            found += [Prediction(value, {}) for value in logits.view(-1).tolist()]
+            continue
+        for row in logits.softmax(-1).tolist():
+            scores = {str(names.get(i, f"LABEL_{i}")): score for i, score in enumerate(row)}
+            ranked = dict(sorted(scores.items(), key=lambda item: -item[1]))
+            found.append(Prediction(next(iter(ranked)), ranked))
+    model.train(was_training)
+    return found
+
+
+def _as_pair(number: int, text: Any) -> tuple[str, str | None]:
+    if isinstance(text, str):
+        return text, None
+    if isinstance(text, Sequence) and len(text) == 2 and all(isinstance(part, str) for part in text):
+        return text[0], text[1]
+    raise InputError(f"text {number} is {str(text)[:80]!r}: predict takes texts, or pairs of texts.")
