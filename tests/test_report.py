@@ -281,6 +281,23 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path, capsys: p
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_settings_stand_beside_the_scores(tmp_path: Path) -> None:
+    for method, own in (
+        ("lora", {}),
+        ("adalora", {"target_rank": 4, "beta1": 0.85}),
+        ("sora", {"sparse_lambda_2": 0.1}),
+    ):
+        arguments = {"seed": 1, "learning_rate": 0.001, "num_train_epochs": 3.0, "lora_r": 8, "lora_alpha": 16.0,
+                     "weight_decay": 0.1, "padding": "fixed"} | own  # fmt: skip
+        metrics = {"eval_accuracy": 0.5, "train_samples": 2490, "eval_samples": 138}
+        make_run(tmp_path / method, method, arguments=arguments, metrics=metrics)
+    text = text_of(tmp_path)
+    assert "| rte, lora | 0.001 | 3.0 | 8 | 16.0 | 32 | 2490 | 138 | - |" in text
+    assert "| rte, adalora | 0.001 | 3.0 | 8 | 16.0 | 32 | 2490 | 138 | target_rank 4, beta1 0.85 |" in text
+    assert "| rte, sora | 0.001 | 3.0 | 8 | 16.0 | 32 | 2490 | 138 | sparse_lambda_2 0.1 |" in text
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_runs_on_other_rows_are_no_pair(tmp_path: Path) -> None:
     """An edited copy with fewer rows or epochs is not paired silently: the setting is named."""
 
@@ -408,7 +425,7 @@ def test_names_of_users_are_text_everywhere(tmp_path: Path) -> None:
     assert r"\$\\frac\{x &lt;b&gt;\|\`\_\_init\_\_\` =cmd" in text
     assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \$\\alpha\$ \[a\](b)" in text
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| =2")}
-    assert widths == {7}  # differences and costs: no row has more bars than its table
+    assert widths == {7, 10}  # differences and costs, settings: no row has more bars than its table
     with open(tmp_path / "report.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["task"] for line in lines if line["seed"]] == ["'=2+3", "'=2+3", "rte"]

@@ -18,6 +18,7 @@ from loralib.report.tables import (
     escape,
     main_table,
     published_tables,
+    settings_table,
     stage_table,
 )
 from loralib.report.tuning import chosen_table, expected_table, final_runs, read_tuning, trials_are_equal
@@ -92,6 +93,10 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     parts = [
         f"{len(runs)} finished runs. Model: {escape(_models(runs)) or '-'}. Scores in percent, mean ± standard "
         f"deviation over n seeds. Selection: **{selection}**, {SELECTIONS[selection]}.",
+        "## Settings",
+        "What each method was trained with; other settings are those that the methods of a task do not share.",
+        settings_table(runs),
+        "## Scores",
         main_table(runs),
     ]
     twice = runs[runs.duplicated(["task", "name", "seed"])][["task", "name"]].drop_duplicates()

@@ -101,6 +101,30 @@ def main_table(runs: pd.DataFrame) -> str:
     return table(header, rows)
 
 
+SHOWN = {"learning_rate": "learning rate", "num_train_epochs": "epochs", "lora_r": "r", "lora_alpha": "alpha"}
+
+
+def settings_table(runs: pd.DataFrame) -> str:
+    """What each method was trained with, so that a reader sees whether a comparison is fair.
+
+    Its other settings: those that the methods of the task do not share, with the value where a run has one.
+    """
+    rows = []
+    for task, part in runs.groupby("task", sort=False):
+        settings = {name: of["run"].iloc[0].settings for _, name, of in by_method(part)}
+        every = dict.fromkeys(key for found in settings.values() for key in found)
+        unlike = [k for k in every if k not in (*SHOWN, "effective_batch", "train_file", "validation_file")
+                  and len({brief(found.get(k)) for found in settings.values()}) > 1]  # fmt: skip
+        for _, name, of in by_method(part):
+            run, mine = of["run"].iloc[0], settings[name]
+            counts = [f"{run.data.get('metrics', {}).get(f'{kind}_samples', '-')}" for kind in ("train", "eval")]
+            own = ", ".join(f"{k} {brief(mine[k])}" for k in unlike if mine.get(k) not in (None, False, "", 0))
+            cells = [brief(mine.get(k)) if mine.get(k) is not None else "-" for k in (*SHOWN, "effective_batch")]
+            rows.append([escape(f"{task}, {name}"), *map(escape, cells), *counts, escape(own) or "-"])
+    header = ["task, method", *SHOWN.values(), "batch", "training rows", "evaluation rows", "other settings"]
+    return table(header, rows)
+
+
 def cost_table(runs: pd.DataFrame) -> str:
     """Parameters and wall time of each task and method."""
     columns = ["trainable", "remaining", "steps", "wall_seconds"]
