@@ -151,5 +151,6 @@ def test_a_second_run_overwrites_only_when_told_to(tiny_model_dir: Path, mrpc_di
     before = files()
     done = bash("lora", tiny_model_dir, mrpc_dir, tmp_path, drop=" --overwrite_output_dir")
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and "holds a finished run" in last and "--overwrite_output_dir" in last, done.stderr[-3000:]
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "holds a finished run" in last and "--overwrite_output_dir" in last
     assert files() == before
