@@ -79,17 +79,20 @@ def other_backbone(config: Mapping[str, Any], head: Iterable[str], model: nn.Mod
     return known is not None and not math.isclose(known, backbone_sum(model, head), rel_tol=1e-4)
 
 
-def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> None:
     """Write `adapter.safetensors` and `adapter.json`, each of them aside first.
 
     Args:
         model: the adapted model.
         folder: is made where it is missing.
-        config: facts about the adapter (method, r, alpha, modules, base model, ...); `adapter_facts` are added.
+        config: facts about the adapter (method, r, alpha, modules, ...); `adapter_facts` are added, and `base_model`,
+            the name that the model was loaded by, where it is not among them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    full = {"format_version": FORMAT_VERSION, **config, **adapter_facts(model)}
+    base = getattr(getattr(model, "config", None), "name_or_path", "") or None
+    facts = {"base_model": base} | dict(config or {})
+    full = {"format_version": FORMAT_VERSION, **facts, **adapter_facts(model)}
     write_tensors(folder / ADAPTER_FILE, adapter_state(model))
     write_json(folder / ADAPTER_CONFIG, full)
 
