@@ -16,7 +16,7 @@ setup(
     # which test.sh --oldest installs; test.sh --newest installs their upper ends. tests/test_private_names.py says what
     # a new version may not drop.
     install_requires=[
-        "torch>=2.6,<3",
+        "torch>=2.8,<3",
         "transformers>=5.17,<6",
         "accelerate>=1.13,<2",
         "datasets>=4.7,<6",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from transformers import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,16 @@ LEANED_ON = {
 }
 
 
+# Names that older versions within the range lack, where this project does without them: the version that brought them.
+ABSENT_BEFORE = {("transformers.Trainer", "_initial_global_step"): "5.23"}
+
+
+def absent(where: str, name: str) -> bool:
+    """Whether the installed version is older than the name."""
+    since = ABSENT_BEFORE.get((where, name))
+    return since is not None and Version(version(where.split(".")[0])) < Version(since)
+
+
 def names(where: str) -> list[str]:
     return LEANED_ON[where].split()
 
@@ -76,14 +87,14 @@ def test_every_name_that_is_leaned_on_is_there(where: str, name: str) -> None:
         there = importlib.util.find_spec(f"{owner.__name__}.{name}") is not None
     library = where.split(".")[0]
     at = f" {version(library)}" if library != "argparse" else ""
-    assert there, (
+    assert there or absent(where, name), (
         f"{library}{at} has no {where}.{name} any more, which this project leans on: look for what took its place, "
         "change the code that uses it (grep for the name in loralib), then this list."
     )
 
 
 def test_the_list_is_complete_and_holds_nothing_else() -> None:
-    listed = {(where, name) for where in LEANED_ON for name in names(where)}
+    listed = {(where, name) for where in LEANED_ON for name in names(where) if not absent(where, name)}
     new, gone = sorted(used() - listed), sorted(listed - used())
     assert not new, f"loralib now uses {new}: write each into LEANED_ON, under the module or class that has it"
     assert not gone, f"loralib does not use {gone} any more: take them out of LEANED_ON"

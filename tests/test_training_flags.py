@@ -19,11 +19,12 @@ from loralib.glue.arguments import GlueTrainingArguments, parse
 from loralib.glue.run import start
 from loralib.training.lock import unlock
 
+FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
+
 
 def test_every_flag_stands_in_one_table() -> None:
-    fields = {f.name for f in dataclasses.fields(TrainingArguments)}
     tables = [*training_flags.WORK, *training_flags.CHECKED, *training_flags.REFUSED]
-    new = sorted(fields - set(tables))
+    new = sorted(FIELDS - set(tables))
     assert not new, (
         f"this transformers has the flags {', '.join(new)}, which no table of loralib/glue/training_flags.py names: "
         "try each of them with an adapter run and a full one, then write down if it works, is checked or is refused."
@@ -99,7 +100,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED, ids=lambda words: words[:40])
+@pytest.mark.parametrize("words", [w for w in REFUSED if w.split()[0] in FIELDS], ids=lambda words: words[:40])
 def test_refused_before_anything_is_loaded(words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=REFUSED[words]) as caught:
         flags(tmp_path, *f"--{words}".split())
@@ -107,9 +108,8 @@ def test_refused_before_anything_is_loaded(words: str, tmp_path: Path) -> None:
 
 
 def test_every_flag_that_is_refused_is_tried() -> None:
-    there = {f.name for f in dataclasses.fields(TrainingArguments)}
     # a parallelism config cannot be written on a command line, only given as an object or by accelerate launch
-    assert there & set(training_flags.REFUSED) - {words.split()[0] for words in REFUSED} <= {"parallelism_config"}
+    assert FIELDS & set(training_flags.REFUSED) - {words.split()[0] for words in REFUSED} <= {"parallelism_config"}
 
 
 @pytest.mark.parametrize("name", [o.value for o in OptimizerNames])
