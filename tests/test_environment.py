@@ -167,7 +167,7 @@ def test_flags_that_a_launcher_stands_for(tmp_path: Path, monkeypatch: pytest.Mo
     launched(monkeypatch, MIXED_PRECISION="fp16")
     assert parsed(tmp_path, "--use_cpu").fp16
     assert parsed(tmp_path, "--use_cpu", "--fp16").taken_from_launcher == []
-    launched(monkeypatch)
+    launched(monkeypatch, MIXED_PRECISION="", USE_CPU="", USE_FSDP="", DYNAMO_BACKEND="", DYNAMO_USE_FULLGRAPH="")
     args = parsed(tmp_path, "--use_cpu")
     assert (args.bf16, args.fp16, args.torch_compile, args.taken_from_launcher) == (False, False, False, [])
 
@@ -182,6 +182,9 @@ def test_flags_that_a_launcher_stands_for(tmp_path: Path, monkeypatch: pytest.Mo
         ({"MIXED_PRECISION": "fp8"}, "", "--mixed_precision fp8, it must be no, bf16 or fp16"),
         ({"MIXED_PRECISION": "bf16"}, "--fp16", "--mixed_precision bf16 and the program for --fp16: give one"),
         ({"DYNAMO_BACKEND": "EAGER"}, "--torch_compile_backend inductor", "--dynamo_backend eager and the program"),
+        ({"MIXED_PRECISION": "float32"}, "", "--mixed_precision float32, it must be no, bf16 or fp16"),
+        ({"USE_FSDP": "maybe"}, "", "ACCELERATE_USE_FSDP is 'maybe', it must be true or false"),
+        ({"USE_CPU": "maybe"}, "", "ACCELERATE_USE_CPU is 'maybe', it must be true or false"),
         ({"DYNAMO_BACKEND": "BOGUS"}, "", "torch_compile_backend is 'bogus', it must be one of"),
         ({"DYNAMO_BACKEND": "EAGER", "DYNAMO_USE_FULLGRAPH": "True"}, "", "--dynamo_use_fullgraph, which is not"),
         ({"DYNAMO_USE_DYNAMIC": "True"}, "--torch_compile", "--dynamo_use_dynamic, which is not"),

@@ -75,7 +75,8 @@ REFUSED = {
     "optim adamw_anyprecision": "--optim adamw_anyprecision cannot be had here: .*torchdistx",
     "optim sgd --optim_args momentum": "optim_args is 'momentum', it must be names and numbers",
     "optim sgd --optim_args momentum=much": "--optim sgd with optim_args 'momentum=much' cannot be had here",
-    "optim_args betas=1": "--optim adamw_torch_fused reads none of it",
+    "optim_args betas=1": "which --optim adamw_torch_fused does not read",
+    "optim sgd --optim_args momentum=0.9,speed=1": "optim_args has speed=1, which --optim sgd does not read",
     "lr_scheduler_type cosine_with_min_lr": "it needs min_lr or min_lr_rate in --lr_scheduler_kwargs",
     "lr_scheduler_type warmup_stable_decay": "it needs num_decay_steps in --lr_scheduler_kwargs",
     "lr_scheduler_type reduce_lr_on_plateau": "reduce_lr_on_plateau needs --eval_strategy steps or epoch",
@@ -134,6 +135,21 @@ def test_every_optimizer_is_made_or_refused(name: str, tmp_path: Path) -> None:
 def test_schedules_that_take_values(given: tuple[str, str], tmp_path: Path) -> None:
     args = flags(tmp_path, "--lr_scheduler_type", given[0], "--lr_scheduler_kwargs", given[1])
     assert args.lr_scheduler_kwargs == json.loads(given[1])
+
+
+def test_spellings_that_the_stock_classes_take(tmp_path: Path) -> None:
+    assert flags(tmp_path, "--torch_compile_backend", "EAGER").torch_compile_backend == "eager"
+    assert flags(tmp_path, "--optim_args", " ").optim_args is None
+    args = flags(tmp_path, "--optim", "sgd", "--optim_args", "momentum=0.9, nesterov=true")
+    assert args.optim_args == "momentum=0.9, nesterov=true"
+
+
+def test_a_warm_up_that_does_nothing_is_said(tmp_path: Path) -> None:
+    args = flags(tmp_path, "--lr_scheduler_type", "constant", "--warmup_steps", "5")
+    assert training_flags.warn_of(args) == [
+        "--lr_scheduler_type constant has no warm-up, so warmup_steps 5 does nothing"
+    ]
+    assert training_flags.warn_of(flags(tmp_path, "--lr_scheduler_type", "cosine", "--warmup_steps", "5")) == []
 
 
 def test_a_compiler_that_fails_is_noticed_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

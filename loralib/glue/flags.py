@@ -261,7 +261,8 @@ class GlueTrainingArguments(TrainingArguments):
             _refuse_choice("torch_compile_mode", self.torch_compile_mode, list(list_mode_options()))
         if self.torch_compile_backend is not None:
             backends = [backend.value.lower() for backend in DynamoBackend if backend != DynamoBackend.NO]
-            _refuse_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
+            self.torch_compile_backend = self.torch_compile_backend.lower()
+            _refuse_choice("torch_compile_backend", self.torch_compile_backend, backends)
         if self.greater_is_better is None and self.metric_for_best_model in ("mse", "eval_mse"):
             self.greater_is_better = False  # the stock rule knows that of losses alone
         super().__post_init__()

@@ -14,6 +14,7 @@ _SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (tensor, context, sequence or expert parallelism)",
 }
+_YES, _NO = ("1", "true", "yes", "on", "y", "t"), ("", "0", "false", "no", "off", "n", "f")
 _DYNAMO = "ACCELERATE_DYNAMO_"
 
 
@@ -51,14 +52,13 @@ def take_launcher_settings(args: Any) -> list[str]:
 
 
 def _take_precision(args: Any) -> list[str]:
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").strip().lower() or "no"
-    if asked == "no":
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower()
+    if not asked:
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # set to nothing: accelerate would fail on it
+    if asked in ("", "no"):
         return []
     if asked not in ("bf16", "fp16"):
-        raise InputError(
-            f"accelerate launch asks for --mixed_precision {asked}, it must be no, bf16 or fp16: fewer bits are not "
-            "supported."
-        )
+        raise InputError(f"accelerate launch asks for --mixed_precision {asked}, it must be no, bf16 or fp16.")
     flag = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     if flag not in (None, asked):
         raise InputError(
@@ -96,4 +96,9 @@ def _take_compiler(args: Any) -> list[str]:
 
 
 def _on(variable: str) -> bool:
-    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on", "y", "t")
+    value = os.environ.get(variable, "").strip().lower()
+    if value not in _YES + _NO:
+        raise InputError(f"{variable} is {os.environ[variable]!r}, it must be true or false.")
+    if not value:
+        os.environ.pop(variable, None)  # set to nothing: accelerate would fail on it
+    return value in _YES

@@ -45,7 +45,7 @@ from loralib.glue.record import write_run
 from loralib.glue.stopping import check_early_stopping, early_stopping
 from loralib.glue.tasks import Task
 from loralib.glue.tokens import check_vocabulary, collator, pad_on_the_right, row_length, tokenize
-from loralib.glue.training_flags import check_compiler
+from loralib.glue.training_flags import check_compiler, warn_of
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
 from loralib.kernels.deberta import unpad
 from loralib.methods import Method
@@ -90,6 +90,8 @@ def start(
     use_writable_caches()
     for line in training.taken_from_launcher:
         logger.info("%s", line)
+    for line in warn_of(training) if training.do_train else []:
+        logger.warning("%s", line)
     check_compiler(training)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
         raise InputError(

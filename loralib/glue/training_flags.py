@@ -100,6 +100,8 @@ def check_before(args: TrainingArguments) -> None:
     for name in ("log_level", "log_level_replica"):
         if getattr(args, name) not in trainer_log_levels:
             raise InputError(f"{name} is {getattr(args, name)!r}, it must be one of {', '.join(trainer_log_levels)}.")
+    if args.optim_args is not None and not args.optim_args.strip():
+        args.optim_args = None
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if name in BY_METRIC and args.eval_strategy == "no":
         raise InputError(f"--lr_scheduler_type {name} needs --eval_strategy steps or epoch: it looks at the metrics.")
@@ -190,6 +192,14 @@ def _check_accelerator_config(value: Any) -> None:
                 raise InputError(f"{name} has the key {key!r}, it must be one of {', '.join(known)}.")
 
 
+def warn_of(args: TrainingArguments) -> list[str]:
+    """Sentences for the log about flags that the stock classes ignore without a word."""
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if args.warmup_steps and name in ("constant", *BY_METRIC):
+        return [f"--lr_scheduler_type {name} has no warm-up, so warmup_steps {args.warmup_steps:g} does nothing"]
+    return []
+
+
 def check_after(args: TrainingArguments) -> None:
     """Refuse an optimizer or a schedule that cannot be made, by making it for one number.
 
@@ -231,25 +241,28 @@ def _check_optimizer(args: TrainingArguments, parameter: nn.Parameter) -> None:
     for start, why in _OTHER_OPTIMIZERS.items():
         if name.startswith(start):
             raise InputError(f"--optim {name} is not supported: {why}; use adamw_torch, adafactor, sgd or another one.")
-    if name in ("adamw_torch", "adamw_torch_fused") and not args.optim_args:
+    given = [pair for pair in str(args.optim_args or "").replace(" ", "").split(",") if pair]
+    if name in ("adamw_torch", "adamw_torch_fused") and not given:
         return
-    given = str(args.optim_args or "").replace(" ", "")
-    for pair in filter(None, given.split(",")):
+    for pair in given:
         if pair.count("=") != 1 or not all(pair.split("=")):
             raise InputError(f"optim_args is {args.optim_args!r}, it must be names and numbers: name=value,name=value.")
+    stated = args.optim_args
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-        args.optim_args, kept = None, args.optim_args
-        try:
-            without = Trainer.get_optimizer_cls_and_kwargs(args)[1]
-        finally:
-            args.optim_args = kept
+        unread = []
+        for pair in given:
+            args.optim_args = ",".join(other for other in given if other != pair) or None
+            if Trainer.get_optimizer_cls_and_kwargs(args)[1] == settings:
+                unread.append(pair)
         kind([parameter], **settings)
     except Exception as error:  # a missing package, a bad number, a device without such kernels
-        of = f" with optim_args {args.optim_args!r}" if args.optim_args else ""
+        of = f" with optim_args {stated!r}" if stated else ""
         raise InputError(f"--optim {name}{of} cannot be had here: {_brief(error)}.") from error
-    if given and settings == without:
-        raise InputError(f"optim_args is {args.optim_args!r}, and --optim {name} reads none of it: leave it out.")
+    finally:
+        args.optim_args = stated
+    if unread:
+        raise InputError(f"optim_args has {unread[0]}, which --optim {name} does not read, or which is its default.")
 
 
 def _check_schedule(args: TrainingArguments, parameter: nn.Parameter) -> None:
