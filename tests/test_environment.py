@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 
@@ -245,3 +248,26 @@ def test_no_row_is_left_out_of_metrics_and_predictions(
         lines = (tmp_path / name / "predict_results_mrpc.txt").read_text().splitlines()
         results.append((metrics["eval_accuracy"], metrics["eval_loss"], lines))
     assert results[0] == results[1] and len(results[0][2]) == 12  # a line of names, then 11 rows
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_random_states_are_read_on_both_sides_of_numpy_2(core: str, tmp_path: Path) -> None:
+    """numpy 2 moved the function that a state is rebuilt with; a checkpoint written before or after is read."""
+    run = runs.trainer("lora", runs.arguments(tmp_path, max_steps=2, save_steps=1), runs.rows(8))
+    run.train()
+    written = zipfile.ZipFile(tmp_path / "checkpoint-1" / "rng_state.pth")
+    other = tmp_path / "rng_state.pth"
+    with zipfile.ZipFile(other, "w") as file:  # stored, as torch wants it
+        for name in written.namelist():
+            content = written.read(name)
+            if name.endswith("data.pkl"):
+                assert b"cnumpy._core.multiarray\n" in content or b"cnumpy.core.multiarray\n" in content
+                for old in (b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"):
+                    content = content.replace(old, f"c{core}.multiarray\n".encode())
+            file.writestr(name, content)
+    run._load_rng_state(str(tmp_path / "checkpoint-1"))
+    before = np.random.get_state()
+    np.random.seed(0)
+    run._load_rng_state(str(tmp_path))
+    after = np.random.get_state()
+    assert np.array_equal(before[1], after[1]) and before[2:] == after[2:]

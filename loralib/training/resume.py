@@ -144,6 +144,13 @@ class ExactResume(StopOnSigterm, Sampling):
         if self._finished:
             self._load_rng_state(checkpoint)  # the stock Trainer does so only where it enters an epoch
 
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        """As stock, but a checkpoint may come from the other side of numpy 2, which gave this function a new path."""
+        rebuild: Any = np.ndarray.__reduce__(np.zeros(1))[0]
+        paths = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+        with torch.serialization.safe_globals([(rebuild, path) for path in paths]):
+            super()._load_rng_state(checkpoint)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._epoch_over = False
         if self._finished:  # the stock loop would make one step more
