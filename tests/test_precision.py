@@ -123,6 +123,7 @@ def test_a_skipped_step_leaves_importance_but_not_a_mask_that_is_due() -> None:
 
     class Wrapper:  # accelerate's
         step_was_skipped = False
+        state: dict[str, Any] = {}
 
     class State:
         global_step = 0
