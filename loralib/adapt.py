@@ -115,6 +115,10 @@ def put_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
         if id(module) in replaced:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, replaced[id(module)])
+    held: dict[tuple[str, torch.Size], nn.Parameter] = {}
+    for layer in layers.values():
+        for key in layer.shared:
+            setattr(layer, key, held.setdefault((key, getattr(layer, key).shape), getattr(layer, key)))
     mark_trainable(model)
     prepare_at_once(model)
 
@@ -127,7 +131,8 @@ def mark_trainable(model: nn.Module) -> None:
     prefix, _ = backbone_of(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     pretrained = {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
-    own = {id(p) for _, layer in adapted_layers(model) for p in layer.adapter_parameters().values()}
+    layers = [layer for _, layer in adapted_layers(model)]
+    own = {id(p) for layer in layers for n, p in layer.adapter_parameters().items() if n not in layer.frozen}
     for name, parameter in model.named_parameters():
         parameter.requires_grad = id(parameter) in own or (is_head(name, prefix) and id(parameter) not in pretrained)
 
@@ -211,26 +216,30 @@ def parameters(model: nn.Module) -> dict[str, Any]:
     """Exact parameter counts (ledger D3).
 
     Returns:
-        total, trainable (lora + head), lora, head: counts of elements, a shared parameter counted once; remaining:
-        elements of the low-rank factors that are left when triplets or gates of value 0 are removed and the others
-        folded into the factors, which is rank (in + out) for each matrix and what an exported adapter holds; modules:
-        for each adapted matrix its trainable elements, rank and remaining elements (a parameter that several matrices
-        share counts for the first).
+        total, trainable (lora + head), lora, head: counts of elements, a shared parameter counted once; frozen, where
+        there are any: elements of factors that do not train, which total alone counts, too; remaining: elements of the
+        low-rank factors that are left when triplets or gates of value 0 are removed and the others folded into the
+        factors, which is rank (in + out) for each matrix and what an exported adapter holds, or, of a layer with frozen
+        factors, its trainable elements; modules: for each adapted matrix its trainable elements, rank and remaining
+        elements (a parameter that several matrices share counts for the first).
     """
     prefix, _ = backbone_of(model)
     named = list(model.named_parameters())
-    lora = sum(p.numel() for n, p in named if is_lora(n))
+    lora = sum(p.numel() for n, p in named if is_lora(n) and p.requires_grad)
+    frozen = sum(p.numel() for n, p in named if is_lora(n)) - lora
     trainable = sum(p.numel() for _, p in named if p.requires_grad)
     remaining_ranks = ranks(model)
     own: dict[str, int] = {}
     for name, p in named:
-        if is_lora(name):
+        if is_lora(name) and p.requires_grad:
             own[name.rpartition(".")[0]] = own.get(name.rpartition(".")[0], 0) + p.numel()
     modules = {
         name: {
             "trainable": own.get(name, 0),
             "rank": remaining_ranks[name],
-            "remaining": remaining_ranks[name] * (layer.in_features + layer.out_features),
+            "remaining": own.get(name, 0)
+            if layer.frozen
+            else remaining_ranks[name] * (layer.in_features + layer.out_features),
         }
         for name, layer in adapted_layers(model)
     }
@@ -241,4 +250,4 @@ def parameters(model: nn.Module) -> dict[str, Any]:
         "head": sum(p.numel() for n, p in named if p.requires_grad and is_head(n, prefix) and not is_lora(n)),
         "remaining": sum(m["remaining"] for m in modules.values()),
         "modules": modules,
-    }
+    } | ({"frozen": frozen} if frozen else {})

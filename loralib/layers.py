@@ -31,6 +31,11 @@ class LoRALinear(nn.Linear):
 
     # Name of the parameter that stands between the factors, r numbers; None where nothing does.
     between: str | None = None
+    # Names of factors (`lora_...`) that do not train, and of those that all layers of one shape hold in common.
+    frozen: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    # The first values of `weight` as it was pretrained, where `reset_lora_parameters` has changed it.
+    pretrained: Tensor | None = None
     # What loralib.kernels.prepare computed for the next use of the layer: a dtype; weight, bias, d A and B.
     prepared: tuple[torch.dtype | None, Sequence[Any]] | None = None
 
@@ -45,7 +50,10 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
         self.add_parameters(**like)
+        before = self.weight.detach().clone()
         self.reset_lora_parameters()
+        if not self.weight.is_meta and not torch.equal(before, self.weight):
+            self._keep_start(before)
 
     @property
     def scaling(self) -> float:
@@ -63,6 +71,30 @@ class LoRALinear(nn.Linear):
         """Draw fresh factors (ledger L2)."""
         nn.init.normal_(self.lora_A, std=self.init_std)
         nn.init.zeros_(self.lora_B)
+
+    def _keep_start(self, before: Tensor) -> None:
+        """Keep what a start like PiSSA's has taken out of `weight`, (out, in) before it, for checkpoints and exports.
+
+        Where the fresh layer computes what the linear layer did, the initial factors say it, as buffers
+        `lora_A_start` (r, in) and `lora_B_start` (out, r).
+        """
+        self.pretrained = before.reshape(-1)[:64]
+        tolerance = 1e-2 if before.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        off = (self.weight.detach() + self.delta_weight().detach() - before).abs().max()
+        if type(self).delta_weight is LoRALinear.delta_weight and off <= tolerance * before.abs().max():
+            d, a = self.diagonal(), self.lora_A.detach()
+            self.register_buffer("lora_A_start", a.clone() if d is None else d.detach().unsqueeze(1) * a)
+            self.register_buffer("lora_B_start", self.lora_B.detach().clone())
+
+    @torch.no_grad()
+    def move_start(self, a: Tensor, b: Tensor) -> None:
+        """Change `weight` as if the start had been with the factors a (r, in) and b (out, r)."""
+        own_a, own_b = self.get_buffer("lora_A_start"), self.get_buffer("lora_B_start")
+        a, b = a.to(own_a), b.to(own_b)
+        if not (torch.equal(a, own_a) and torch.equal(b, own_b)):
+            self.weight.add_(own_b @ own_a - b @ a, alpha=self.scaling)
+            own_a.copy_(a)
+            own_b.copy_(b)
 
     def diagonal(self) -> Tensor | None:
         """What stands between the factors, (r,), or None for ones."""
@@ -132,5 +164,7 @@ class GatedLinear(LoRALinear):
         nn.init.normal_(self.lora_gate)
 
 
+# The factors that a start took out of the frozen weight, in files.
+START = ("lora_A_start", "lora_B_start")
 # What may stand between the factors in the layers of this project, by the name of the parameter, also in files.
 DIAGONALS: tuple[str, ...] = tuple(kind.between for kind in (SVDLinear, GatedLinear) if kind.between)

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from loralib.adapt import adapt, put_layers
-from loralib.adapters.exports import base_model, check_shapes, language_model, other_base, read_run
+from loralib.adapters.exports import base_model, check_shapes, folded, language_model, other_base, read_run
 from loralib.adapters.own import load_adapter, load_trained
 from loralib.adapters.peft import PEFT_CONFIG, read_peft
 from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json, read_number
 from loralib.adapters.start import output_layer
 from loralib.errors import InputError
-from loralib.layers import GatedLinear, LoRALinear, SVDLinear
+from loralib.layers import START, GatedLinear, LoRALinear, SVDLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +91,8 @@ def _put_in(model: nn.Module, adapter: Adapter, layer: type[LoRALinear] | None) 
             f"{adapter.source} was trained with a layer that defines its own delta_weight or changes the frozen "
             "weights: give its class by layer=."
         )
+    if any(key in START for tensors in adapter.matrices.values() for key in tensors):
+        adapter = folded(adapter)  # the same function on the base's own weights
     check_shapes(adapter, dict(model.named_parameters()))
     layers = {}
     for name, tensors in adapter.matrices.items():

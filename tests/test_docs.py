@@ -203,6 +203,7 @@ def flags_of_the_entry_points() -> set[str]:
     options: set[str] = set()
     own = [getattr(load(ROOT / folder / "run_glue.py"), name) for folder, name in METHODS.items()]
     own.append(load(ROOT / "tests" / "variants" / "dora_glue.py").DoRAArguments)
+    own.append(load(ROOT / "tests" / "variants" / "loraplus_glue.py").LoRAPlusArguments)
     own.append(load(ROOT / "tests" / "variants" / "peft_glue.py").PeftArguments)
     for cls in own:
         parser = make_parser(ModelArguments, DataArguments, cls, GlueTrainingArguments)

@@ -16,7 +16,7 @@ from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
 from loralib.kernels.prepare import prepare_one_by_one
-from loralib.layers import DIAGONALS, LoRALinear
+from loralib.layers import DIAGONALS, START, LoRALinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,18 +42,20 @@ def folded(adapter: Adapter) -> Adapter:
     """The same update with two factors for each matrix and nothing else (layer `frd`).
 
     Triplets and gates of value 0 are removed, the others go into lora_A; a matrix of rank 0 is left out. scaling stays.
+    Where the start took a product out of the frozen weight (PiSSA), its factors are added with a minus: rank 2 r on the
+    base's own weight.
 
     Raises:
         InputError: the layer is more than weight + scaling B diag A.
     """
     matrices = {}
     for name, tensors in adapter.matrices.items():
-        extra = sorted(set(tensors) - {"lora_A", "lora_B", *DIAGONALS})
+        extra = sorted(set(tensors) - {"lora_A", "lora_B", *DIAGONALS, *START})
         if extra or adapter.config.get("low_rank") is not True:
             what = (
                 f"holds {f'{name}.{extra[0]}'!r}"
                 if extra
-                else "was trained with a layer that defines its own delta_weight"
+                else "was trained with a layer that defines its own delta_weight or changes the frozen weight otherwise"
             )
             raise InputError(
                 f"{adapter.source} {what}: it is not a product of two factors, so it cannot be written as plain LoRA; "
@@ -65,6 +67,8 @@ def folded(adapter: Adapter) -> Adapter:
                 d = tensors[leaf].view(-1)
                 left = d.nonzero().view(-1)
                 a, b = d[left].unsqueeze(1) * a[left], b[:, left]
+        if START[0] in tensors:  # the base's own weight holds what the start took out
+            a, b = torch.cat([a, -tensors[START[0]]]), torch.cat([b, tensors[START[1]]], dim=1)
         if a.shape[0]:
             matrices[name] = {"lora_A": a, "lora_B": b}
     left_ranks = dict.fromkeys(adapter.config["ranks"], 0) | {n: m["lora_A"].shape[0] for n, m in matrices.items()}

@@ -22,14 +22,14 @@ from loralib.adapters.reading import (
 )
 from loralib.adapters.writing import FORMAT_VERSION, write_json, write_tensors
 from loralib.errors import InputError
-from loralib.layers import DIAGONALS, LoRALinear
+from loralib.layers import DIAGONALS, START, LoRALinear
 
 METHOD_STATE = "method_state.safetensors"
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained (factors and head) and `ranknum`, by the released keys; never the frozen backbone."""
-    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """The factors, frozen ones too, the trained head and `ranknum`, by the released keys; never the frozen backbone."""
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or is_lora(name)}
     for name, layer in adapted_layers(model):
         state |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers(recurse=False)}
     return state
@@ -60,16 +60,20 @@ def _low_rank(layer: LoRALinear) -> bool:
     """Whether the layer's tensors alone give its update: scaling B diag A, with d as it is in the file."""
     d, held = layer.diagonal(), [getattr(layer, key) for key in DIAGONALS if hasattr(layer, key)]
     stored = not held if d is None else len(held) == 1 and torch.equal(d, held[0].view(-1))
-    return stored and type(layer).delta_weight is LoRALinear.delta_weight
+    told = layer.pretrained is None or hasattr(layer, START[0])  # what the start took out of the weight
+    return stored and told and type(layer).delta_weight is LoRALinear.delta_weight
 
 
 def backbone_sum(model: nn.Module, head: Iterable[str]) -> float:
     """Sum of the absolute values at the start of each frozen parameter: tells one pretrained model from another.
 
-    Rounding to half precision moves it by less than 1e-4 of itself.
+    Rounding to half precision moves it by less than 1e-4 of itself. A weight that the start of a layer has changed
+    counts as it was pretrained.
     """
     trained = set(head)
-    frozen = (p for name, p in model.named_parameters() if name not in trained and not is_lora(name))
+    changed = {f"{name}.weight": m.pretrained for name, m in adapted_layers(model) if m.pretrained is not None}
+    named = (pair for pair in model.named_parameters() if pair[0] not in trained and not is_lora(pair[0]))
+    frozen = (changed.get(name, p) for name, p in named)
     sums = [p.detach().reshape(-1)[:64].double().abs().sum() for p in frozen]
     return float(torch.stack(sums).sum()) if sums else 0.0
 
@@ -155,6 +159,9 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: str, hea
                 f"{source} has shape {tuple(found.shape)} for {name!r}, this run needs {tuple(own[name].shape)}: "
                 "set --lora_r and the model as they were."
             )
+    for name, layer in adapted_layers(model):
+        if hasattr(layer, START[0]):  # the frozen weight is what its start has left of it
+            layer.move_start(state[f"{name}.{START[0]}"], state[f"{name}.{START[1]}"])
     with torch.no_grad():
         for name, value in state.items():
             if name not in kept:

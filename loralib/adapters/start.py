@@ -22,7 +22,7 @@ from loralib.adapters.reading import (
     split_state,
 )
 from loralib.errors import InputError
-from loralib.layers import DIAGONALS, LoRALinear
+from loralib.layers import DIAGONALS, START, LoRALinear
 
 OUTPUT_LAYER = re.compile(r"(?:^|\.)(?:classifier|score|out_proj|logits_proj)\.weight$")
 
@@ -75,6 +75,7 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
     fresh, smaller, scalings = 0, 0, set()
     for name, layer in layers.items():
         own = {key: p.detach() for key, p in layer.named_parameters(recurse=False) if is_lora(key)}
+        own |= {key: b for key, b in layer.named_buffers(recurse=False) if key in START}
         tensors = adapter.matrices.get(name)
         if tensors is None:
             if adapter.complete and adapter.config.get("ranks", {}).get(name) != 0:
@@ -94,8 +95,11 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
         if diagonal is not None:  # a row or a column; ones in a file of plain factors
             values = tensors.get(diagonal, torch.ones(r, dtype=tensors["lora_A"].dtype))
             tensors = tensors | {diagonal: values.reshape((1, r) if own[diagonal].shape[0] == 1 else (r, 1))}
+        if START[0] in own and START[0] not in tensors:  # it was trained on the base's own weight
+            tensors = tensors | dict(zip(START, (tensors["lora_A"] * 0, tensors["lora_B"] * 0), strict=True))
         for key in tensors:
-            value = tensors[key] * ratio if ratio != 1.0 and key == (diagonal or "lora_B") else tensors[key]
+            scaled = ratio != 1.0 and key in (diagonal or "lora_B", START[1])
+            value = tensors[key] * ratio if scaled else tensors[key]
             state[f"{name}.{key}"] = _padded(value, own[key]) if r < layer.r else value
     kept = load_trained(model, state, source, head_may_differ=True)
     lines = []

@@ -308,6 +308,8 @@ def announce(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *l
         100 * counts["trainable"] / counts["total"],
         *(f"{counts[k]:,}" for k in ("lora", "head")),
     )
+    if "frozen" in counts:
+        logger.info("frozen factors: %s elements, which do not train and are saved with the adapter", counts["frozen"])
     if args.do_train:
         processes = args.world_size if args.n_gpu <= 1 else args.n_gpu
         logger.info(
