@@ -93,7 +93,7 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
         The names of the adapted modules.
 
     Raises:
-        InputError: a name matches nothing, or the model is adapted already.
+        InputError: a name matches nothing, a layer is quantised, or the model is adapted already.
     """
     from loralib.peft import is_peft  # which needs Factors
 
@@ -102,8 +102,13 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
     if (first := next(adapted_layers(model), None)) is not None:
         raise InputError(f"the model is adapted already ({first[0]}): adapt a freshly loaded one.")
     names = match_modules(model, modules)
-    linears = {name: model.get_submodule(name) for name in names}
-    put_layers(model, {name: layer(linear, **settings) for name, linear in linears.items()})  # type: ignore[arg-type]
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    for name, linear in linears.items():
+        if not linear.weight.is_floating_point():
+            raise InputError(
+                f"{name} is quantised ({linear.weight.dtype}): adapt the model with PEFT, and give that to the method."
+            )
+    put_layers(model, {name: layer(linear, **settings) for name, linear in linears.items()})
     return names
 
 

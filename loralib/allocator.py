@@ -141,7 +141,8 @@ class RankAllocator:
     def _update_importance(self) -> None:
         """I = |p grad|; Ibar and U are its average and the average of |I - Ibar| (ledger A1; paper eq. 8 to 10)."""
         importance, uncertainty = self._start()
-        gradients: list[Any] = [p.grad for p in self.parameters]
+        # a factor that the forward has not used has no gradient, and no importance from this step
+        gradients: list[Any] = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         products = list(torch._foreach_mul([p.detach() for p in self.parameters], gradients))
         torch._foreach_abs_(products)
         if products[0].dtype != importance[0].dtype:

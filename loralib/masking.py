@@ -56,14 +56,22 @@ class RandomMask:
 
     @torch.no_grad()
     def apply(self, key: int) -> None:
-        """Zero the gradients of the directions that are not drawn for `key`. Every factor must have a gradient."""
+        """Zero the gradients of the directions that are not drawn for `key`.
+
+        A factor that the forward has not used, whose gradient is None, is left alone.
+        """
         gradients: list[Any] = [p.grad for p in (*self.A, *self.B)]
         if not self._buffers:
-            self._buffers = [torch.empty_like(g) for g in gradients]
+            factors = zip(gradients, (*self.A, *self.B), strict=True)
+            self._buffers = [torch.empty_like(p.detach() if g is None else g) for g, p in factors]
         if self.drawn is None or self.drawn[0] != key:
             self.drawn = (key, self.draw(key))
             self._fill(self.drawn[1])
-        torch._foreach_mul_(gradients, self._buffers)
+        buffers = self._buffers
+        if any(g is None for g in gradients):
+            pairs = [pair for pair in zip(gradients, buffers, strict=True) if pair[0] is not None]
+            gradients, buffers = [g for g, _ in pairs], [b for _, b in pairs]
+        torch._foreach_mul_(gradients, buffers)
 
     def gradient_norm(self) -> Tensor:
         """Norm of the gradients of all factors together, a scalar on their device."""

@@ -357,7 +357,7 @@ def rm_lora(
             norms["train/grad_norm_before_mask"] = mask.gradient_norm()
         mask.apply(step if mask_resample == "step" else epoch)
         if as_released:
-            gradients: list[Any] = [p.grad for p in others]
+            gradients: list[Any] = [p.grad for p in others if p.grad is not None]
             torch._foreach_zero_(gradients)
         if measure:
             norms["train/grad_norm_after_mask"] = mask.gradient_norm()

@@ -195,6 +195,51 @@ def test_a_stock_trainer_resumes_bitwise(kind: str, dtype: torch.dtype, tmp_path
         assert all(v.dtype == torch.float32 and v.any() for v in averages)
 
 
+class HalfUsed(nn.Module):
+    """A classifier with a linear layer that its forward never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.used(rows))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora", "sora", "v1", "v2"])
+def test_a_layer_that_is_not_used_is_left_alone(kind: str, tmp_path: Path) -> None:
+    """Without a gradient nothing is masked, and importance is 0; the penalty alone moves its factors."""
+    chosen: dict[str, Any] = {"r": R, "lora_alpha": ALPHA}
+    for penalty in (0.0, 0.1):
+        model = HalfUsed()
+        if kind == "adalora":
+            method = adalora(model, ["all-linear"], target_rank=2, final_warmup=2, reg_orth_coef=penalty, **chosen)
+        elif kind == "sora":
+            method = sora(model, ["all-linear"], threshold=1e-4, sparse_lambda=penalty, **chosen)
+        elif kind == "lora":
+            method = lora(model, ["all-linear"], reg_orth_coef=penalty, **chosen)
+        else:
+            method = rm_lora(model, ["all-linear"], random_rank=2, version=kind, reg_orth_coef=penalty, **chosen)
+        for a in (p for name, p in model.named_parameters() if name.endswith("lora_B")):
+            nn.init.normal_(a)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        rows = [{"rows": torch.randn(6), "labels": i % 2} for i in range(16)]
+        args = arguments(tmp_path, max_steps=4, gradient_accumulation_steps=1, weight_decay=0.0)
+        PenaltyTrainer(model=model, args=args, train_dataset=rows, method=method).train()
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert {"used.lora_A", "used.lora_B"} <= moved
+        assert ("unused.lora_A" in moved) == (penalty > 0 and kind != "sora")
+
+
+def test_a_quantised_layer_is_sent_to_peft() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(InputError, match="0 is quantised .*adapt the model with PEFT"):
+        lora(model, ["all-linear"], r=2, lora_alpha=2)
+
+
 def test_what_a_trainer_lacks_is_said(tmp_path: Path) -> None:
     method = put_in("v1", bert(), 0.3)
     with pytest.raises(InputError, match="rm-lora-v1 has a penalty.*WithPenalty"):

@@ -135,6 +135,9 @@ class WithPenalty(Trainer):
                 scaler = self.accelerator.scaler
                 if scaler is not None:
                     gradients = list(torch._foreach_mul(gradients, scaler._scale))
+                for p in parameters:
+                    if p.grad is None:  # the forward has not used it
+                        p.grad = torch.zeros_like(p)
                 own: list[Any] = [p.grad for p in parameters]
                 torch._foreach_add_(own, gradients, alpha=self.penalty_coef)
                 self._penalties.add(value)
