@@ -131,15 +131,14 @@ def put_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
 def mark_trainable(model: nn.Module) -> None:
     """Only the parameters of the adapter and the head train (ledger L1).
 
-    A language model's output layer is pretrained and no head of a task: it stays frozen.
+    What a language model has outside its body is pretrained and no head of a task: it stays frozen.
     """
     prefix, _ = backbone_of(model)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    pretrained = {id(p) for p in output.parameters()} if isinstance(output, nn.Module) else set()
+    language = isinstance(getattr(model, "get_output_embeddings", lambda: None)(), nn.Module)
     layers = [layer for _, layer in adapted_layers(model)]
     own = {id(p) for layer in layers for n, p in layer.adapter_parameters().items() if n not in layer.frozen}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = id(parameter) in own or (is_head(name, prefix) and id(parameter) not in pretrained)
+        parameter.requires_grad = id(parameter) in own or (is_head(name, prefix) and not language)
 
 
 def is_lora(name: str) -> bool:

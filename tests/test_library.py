@@ -1,6 +1,7 @@
 """Methods in other people's programs: the stock Trainer, any subclass of it, and models that PEFT has adapted."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import pytest
 import runs
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from loralib.errors import InputError
 from loralib.methods import Method, adalora, lora, rm_lora, sora
@@ -193,6 +203,32 @@ def test_a_stock_trainer_resumes_bitwise(kind: str, dtype: torch.dtype, tmp_path
             assert torch.equal(value, ends[1][key]), key
         averages = [v for k, v in ends[1].items() if k.startswith("importance")]
         assert all(v.dtype == torch.float32 and v.any() for v in averages)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "head"),
+    [
+        (BertForTokenClassification, {"labels": torch.tensor([0, 1, 1, 0, 1])}, "classifier"),
+        (BertForQuestionAnswering, {"start_positions": 1, "end_positions": 3}, "qa_outputs"),
+        (BertForSequenceClassification, {"labels": 0.5}, "classifier|bert.pooler"),
+        (BertForMaskedLM, {"labels": torch.arange(5)}, None),
+    ],
+)
+def test_any_task_head(kind: Any, labels: dict[str, Any], head: str | None, tmp_path: Path) -> None:
+    """What trains is the factors and the head of the task; a masked language model has none, its own is pretrained."""
+    config = copy.deepcopy(bert().config)
+    if isinstance(labels.get("labels"), float):
+        config.num_labels = 1
+    model = kind(config)
+    method = adalora(model, ["query", "value"], r=4, lora_alpha=8, target_rank=2, final_warmup=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train = [{"input_ids": torch.tensor([2, 5, 6 + i, 7, 3])} | labels for i in range(16)]
+    args = arguments(tmp_path, max_steps=6, gradient_accumulation_steps=1)
+    Trainer(model=model, args=args, train_dataset=train, callbacks=[MethodCallback(method)]).train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    names = {name for name in moved if "lora_" not in name}
+    assert names == {name for name in before if head and re.match(head, name)}
+    assert any("lora_B" in name for name in moved) and method.facts()["total_rank"] == 8
 
 
 class HalfUsed(nn.Module):

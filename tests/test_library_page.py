@@ -29,10 +29,15 @@ PROGRAMS = sorted((ROOT / "tests" / "library").glob("*.py"))
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
     """program(name): the module of tests/library."""
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "library"))
-    yield importlib.import_module
+    return importlib.import_module
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_stays() -> Iterator[None]:
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -110,6 +115,25 @@ def test_accelerate_loop_is_a_plain_one(program: Any, model: Any, tmp_path: Path
         optimizer.zero_grad()
     for name, p in plain.named_parameters():
         torch.testing.assert_close(p, dict(model.named_parameters())[name], rtol=0, atol=1e-5)
+
+
+def test_accelerate_keeps_the_allocator(model: Any, tmp_path: Path) -> None:
+    """save_state and load_state, as the page says."""
+    accelerator = Accelerator(cpu=True)
+    method = loralib.adalora(model, ["query"], r=4, lora_alpha=8, target_rank=2, final_warmup=2)
+    accelerator.register_for_checkpointing(*method.state.values())
+    method.begin(8)
+    model(**runs.Padder()(rows()[:4])).loss.backward()
+    for step in range(8):
+        method.after_step(step)
+    accelerator.save_state(str(tmp_path / "state"))
+    allocator: Any = method.state["allocator"]
+    kept = {key: value.clone() for key, value in allocator.state_dict().items()}
+    allocator.restart()
+    accelerator.load_state(str(tmp_path / "state"))
+    assert kept.keys() == allocator.state_dict().keys() and "threshold" in kept
+    assert all(torch.equal(value, kept[key]) for key, value in allocator.state_dict().items())
+    assert any(value.any() for key, value in kept.items() if key.startswith("importance"))
 
 
 def batches_of(batches: list[Any]) -> Any:
