@@ -24,7 +24,7 @@ class RandomMask:
         seed: seed of the run.
 
     Raises:
-        InputError: `random_rank` or `version` lies outside its range.
+        InputError: `random_rank` or `version` lies outside its range, or a factor is frozen.
     """
 
     def __init__(self, source: nn.Module | Factors, random_rank: int, version: str, seed: int) -> None:
@@ -32,6 +32,11 @@ class RandomMask:
         self.names, self.A, self.B = of.names, of.A, of.B
         self.ranks = [a.shape[0] for a in of.A]
         self.r, least = max(self.ranks), min(self.ranks)
+        frozen = [
+            name for name, a, b in zip(of.names, of.A, of.B, strict=True) if not (a.requires_grad and b.requires_grad)
+        ]
+        if frozen:
+            raise InputError(f"the factors of {frozen[0]} are frozen: RM-LoRA masks gradients, so both must train.")
         if version not in ("v1", "v2"):
             raise InputError(f"the version of the mask is {version!r}, it must be v1 or v2.")
         if not 1 <= random_rank <= least:

@@ -84,12 +84,16 @@ def test_a_language_models_adapter_loads(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_labels", [3, 1])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_predictions_are_those_of_the_pipeline(num_labels: int, pairs: bool, base: Path, tmp_path: Path) -> None:
+def test_predictions_are_those_of_the_pipeline(
+    num_labels: int, pairs: bool, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path / "run", base, num_labels=num_labels)
     singles = ["a b c", "d", "e f g h i j a b", "j i"]
     texts: Any = [(text, "b d") for text in singles] if pairs else singles
     found = predict(tmp_path / "run", texts, batch_size=3)
+    capfd.readouterr()
     model, tokenizer = load(tmp_path / "run")
+    assert "MISSING" not in capfd.readouterr().err, "the head is no untrained one"
     stock = pipeline("text-classification", model=model, tokenizer=tokenizer)
     given: Any = [{"text": a, "text_pair": b} for a, b in texts] if pairs else texts
     for one, each in zip(found, given, strict=True):

@@ -226,6 +226,8 @@ def test_vera_counts_saves_loads_and_merges(variant: Callable[[str], Any], base:
     assert counts["frozen"] == 4 * (24 + 40) + 24 * 4
     assert all(m["trainable"] == m["remaining"] == 28 for m in counts["modules"].values())
     assert "frozen" not in parameters(adapted(base, LoRALinear))
+    with pytest.raises(InputError, match="factors of bert.* are frozen: RM-LoRA masks gradients"):
+        loralib.rm_lora(model, random_rank=2)
     loralib.save_adapter(model, tmp_path / "run", facts(base, "vera"))
     model.config.save_pretrained(tmp_path / "run")
     loaded, _ = load(tmp_path / "run", layer=kind)

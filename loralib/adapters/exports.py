@@ -196,16 +196,19 @@ def base_model(
         outputs: number of outputs where the adapter has no config.json; None: what the base model's says.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import logging as transformers_logging
 
     name = base or adapter.config.get("base_model")
     if not isinstance(name, str) or not name:
-        raise InputError(f"{adapter.source / ADAPTER_CONFIG} names no base_model: give it by --base.")
+        raise InputError(f"{adapter.source / ADAPTER_CONFIG} names no base_model: give it by --base (base= in Python).")
     revision = None if base else adapter.config.get("base_model_revision")
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
-        raise InputError(f"the base model {name} of {adapter.source} is not there: say where it is by --base.")
+        raise InputError(f"the base model {name} of {adapter.source} is not there: say where it is by --base (base=).")
     tensors = [*(m["lora_A"] for m in adapter.matrices.values()), *adapter.rest.values()]
     dtype = tensors[0].dtype if tensors else torch.float32  # as trained, whatever the base's file holds
+    verbosity = transformers_logging.get_verbosity()
     try:
+        transformers_logging.set_verbosity_error()  # it would say that the head is untrained, which is put in later
         own = (adapter.source / "config.json").is_file()
         config = AutoConfig.from_pretrained(adapter.source if own else os.path.expanduser(name))
         if outputs is not None and not own and config.num_labels != outputs:
@@ -224,8 +227,10 @@ def base_model(
         asked = "" if Path(name).expanduser().is_dir() else " from the hub (or its cache)"
         raise InputError(
             f"the base model {name} cannot be loaded{asked}: {' '.join(str(error).split())[:300]} A copy elsewhere is "
-            "named by --base."
+            "named by --base (base= in Python)."
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     # what the adapter holds is replaced in any case; of the rest nothing may be missing
     for lost in sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str):
         key, *shapes = lost if isinstance(lost, tuple | list) else (lost,)
