@@ -1,6 +1,7 @@
 """`loralib.load` and `loralib.predict`, and the names that `import loralib` reaches without loading another library."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from test_export import METHODS, RootScaled, facts, load_base, logits, make_base, make_run
 from test_variants import VARIANTS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import logging as transformers_logging
 
 import loralib
 from loralib import InputError, load, load_adapter, predict
@@ -45,6 +47,25 @@ def test_every_folder_loads_as_what_was_trained(method: str, base: Path, tmp_pat
         assert bool(list(adapted_layers(found))) == (
             kind != "merged" and method != "adalora-all-zero" or kind == "peft"
         )
+
+
+def test_no_head_is_called_untrained_that_is_then_filled(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_run(tmp_path / "run", base)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    try:
+        load_base(base, 3)
+        assert "MISSING" in caplog.text  # which is true there
+        caplog.clear()
+        load(tmp_path / "run")
+        assert "MISSING" not in caplog.text and transformers_logging.get_verbosity() == logging.WARNING
+    finally:
+        logger.removeHandler(caplog.handler)
+        transformers_logging.set_verbosity(before)
 
 
 def test_pefts_own_folder_loads(base: Path, tmp_path: Path) -> None:
@@ -84,16 +105,12 @@ def test_a_language_models_adapter_loads(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_labels", [3, 1])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_predictions_are_those_of_the_pipeline(
-    num_labels: int, pairs: bool, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_predictions_are_those_of_the_pipeline(num_labels: int, pairs: bool, base: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", base, num_labels=num_labels)
     singles = ["a b c", "d", "e f g h i j a b", "j i"]
     texts: Any = [(text, "b d") for text in singles] if pairs else singles
     found = predict(tmp_path / "run", texts, batch_size=3)
-    capfd.readouterr()
     model, tokenizer = load(tmp_path / "run")
-    assert "MISSING" not in capfd.readouterr().err, "the head is no untrained one"
     stock = pipeline("text-classification", model=model, tokenizer=tokenizer)
     given: Any = [{"text": a, "text_pair": b} for a, b in texts] if pairs else texts
     for one, each in zip(found, given, strict=True):
