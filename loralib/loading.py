@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from loralib.adapt import adapt, put_layers
+from loralib.adapt import adapt, is_lora, put_layers
 from loralib.adapters.exports import base_model, check_shapes, folded, language_model, other_base, read_run
 from loralib.adapters.own import load_adapter, load_trained
 from loralib.adapters.peft import PEFT_CONFIG, read_peft
@@ -112,11 +112,19 @@ def _whole(folder: Path) -> Any:
     """A fully fine-tuned or merged model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    kind = AutoModelForCausalLM if language_model(folder) else AutoModelForSequenceClassification
+    kind: Any = AutoModelForCausalLM if language_model(folder) else AutoModelForSequenceClassification
     try:
-        return kind.from_pretrained(folder)
+        model, found = kind.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise InputError(f"no model loads from {folder}: {' '.join(str(error).split())[:300]}") from error
+    if adapted := [key for key in found["unexpected_keys"] if is_lora(key) or ".lora_" in key]:
+        raise InputError(
+            f"{folder} holds a whole model with adapted layers ({adapted[0]}), as a stock Trainer saves it, and does not "
+            "say how they were made: save it by save_adapter or merge, or adapt the base model and load its weights."
+        )
+    if lost := sorted(map(str, found["missing_keys"])):
+        raise InputError(f"{folder} holds no {lost[0]}: it is a pretrained model, whose head nobody has trained yet.")
+    return model
 
 
 def _tokenizer(folder: Path, name: str, revision: str | None, model: Any) -> Any:

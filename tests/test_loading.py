@@ -139,6 +139,15 @@ def test_a_runs_own_predictions(entry_point: Any, tiny_model_dir: Path, mrpc_dir
             assert one.scores == pytest.approx({n: written[f"probability_{n}"][number] for n in one.scores}, abs=1e-4)
 
 
+def test_a_whole_model_with_adapted_layers_is_not_taken_for_a_plain_one(base: Path, tmp_path: Path) -> None:
+    """What a stock Trainer saves; from_pretrained alone would drop the factors."""
+    make_run(tmp_path / "run", base).save_pretrained(tmp_path / "stock")
+    with pytest.raises(InputError, match="a whole model with adapted layers .*save it by save_adapter or merge"):
+        load(tmp_path / "stock")
+    with pytest.raises(InputError, match="holds no classifier.bias: it is a pretrained model"):
+        load(base)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
