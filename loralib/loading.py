@@ -119,8 +119,8 @@ def _whole(folder: Path) -> Any:
         raise InputError(f"no model loads from {folder}: {' '.join(str(error).split())[:300]}") from error
     if adapted := [key for key in found["unexpected_keys"] if is_lora(key) or ".lora_" in key]:
         raise InputError(
-            f"{folder} holds a whole model with adapted layers ({adapted[0]}), as a stock Trainer saves it, and does not "
-            "say how they were made: save it by save_adapter or merge, or adapt the base model and load its weights."
+            f"{folder} holds a whole model with adapted layers ({adapted[0]}), as a stock Trainer saves it, and not "
+            "how they were made: save it by save_adapter or merge, or adapt the base model and load its weights."
         )
     if lost := sorted(map(str, found["missing_keys"])):
         raise InputError(f"{folder} holds no {lost[0]}: it is a pretrained model, whose head nobody has trained yet.")
