@@ -1,7 +1,9 @@
 """What a result depends on beside its flags: versions, devices, commit."""
 
 import platform
+import resource
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,25 @@ def hardware() -> dict[str, Any]:
     """The devices that a process sees, CPU and threads."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"gpus": gpus, "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from here on, on the GPUs; a process's own peak is that of its whole life."""
+    for i in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(i)
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """The most memory that was in use, in MB of 10^6 bytes, and what was measured.
+
+    On GPUs the tensors of this process, on its fullest GPU; on a CPU all that the process has held so far.
+    """
+    if device.type == "cuda":
+        used = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        return {"mb": round(used / 1e6, 1), "of": "tensors on the fullest GPU of the first process"}
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"mb": round(used / 1e6, 1), "of": "first process, from its start on"}
 
 
 def git_commit() -> str | None:

@@ -23,6 +23,7 @@ from transformers import (
 from loralib.adapt import parameters
 from loralib.errors import InputError, RunError, path_of
 from loralib.glue import card
+from loralib.glue.board import BoardCallback
 from loralib.glue.caches import use_writable_caches
 from loralib.glue.class_weights import class_weights
 from loralib.glue.data import GlueData, load
@@ -37,6 +38,7 @@ from loralib.glue.folder import (
     starts_clear,
 )
 from loralib.glue.heads import agree, trained_head
+from loralib.glue.machine import forget_peak_memory, peak_memory
 from loralib.glue.metrics import compute_metrics, metric_names, to_labels, to_scores
 from loralib.glue.model import adapter_config, load_lora_path
 from loralib.glue.parsing import flag_files
@@ -359,6 +361,7 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
         if run.training.do_train:
             mark_unfinished(run.training)
         _train_and_evaluate(run, trainer, data, metrics)
+        _finish_board(trainer, metrics)
         if run.training.should_save:
             write_run(run, trainer, method, data.task.name, "finished", metrics)
             if run.training.do_train:
@@ -369,6 +372,7 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
         if run.training.should_save:
             with suppress(OSError):  # the disk may be full
                 write_run(run, trainer, method, data.task.name, error.status, metrics)
+                _finish_board(trainer, metrics, succeeded=False)
         raise
     except OSError as error:
         path, output_dir = path_of(error), run.training.output_dir
@@ -384,13 +388,22 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
     return metrics
 
 
+def _finish_board(trainer: LoRATrainer, metrics: dict[str, Any], succeeded: bool = True) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, BoardCallback):
+            callback.finish(metrics, succeeded)
+
+
 def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics: dict[str, Any]) -> None:
     args = run.training
     trainer.add_callback(WatchCallback(trainer, data.evals.get(HELDOUT)))
     if (stopping := early_stopping(trainer)) is not None:
         trainer.add_callback(stopping)
     if args.do_train:
+        trainer.add_callback(BoardCallback(trainer, run.arguments, data.task, run.started))
+        forget_peak_memory()
         result = trainer.train(resume_from_checkpoint=run.checkpoint)
+        run.facts["peak_memory"] = peak_memory(args.device)
         trainer.save_model(_internal_call=True)  # any other call would send the folder to the hub here and now
         trainer.save_state()
         train_metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
@@ -406,6 +419,8 @@ def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics:
             trainer.log_metrics("eval", values)
             evaluation |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values
         trainer.save_metrics("eval", evaluation)
+        rate = evaluation.get("eval_samples_per_second")
+        run.facts |= {} if rate is None else {"evaluation_rows_per_second": rate}
         metrics |= evaluation
     if args.do_predict:
         metrics |= _predict(run, trainer, data)

@@ -97,6 +97,8 @@ def start_stage(run: Run, number: int, epochs: float | None) -> Run:
     clear_output_dir(run)
     folder = Path(run.training.output_dir) / f"stage-{number}"
     off: dict[str, Any] = {"do_predict": False, "push_to_hub": False}
+    if run.training.logging_dir is not None:  # the steps of all stages begin at 0
+        off["logging_dir"] = str(Path(run.training.logging_dir, f"stage-{number}"))
     off |= {"early_stopping_patience": None, "early_stopping_threshold": None}  # every stage has its full length
     training = _with_epochs(run.training, number, epochs, output_dir=str(folder), **off)
     if training.process_index == 0:
@@ -197,7 +199,7 @@ def show_stages(run: Run) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     out = Path(run.training.output_dir)
-    with SummaryWriter(str(out / "runs" / "stages")) as writer:
+    with SummaryWriter(str(Path(run.training.logging_dir or out / "runs", "stages"))) as writer:
         for number, point in enumerate(record_of(out).get("stages", [])):
             for name, value in (point | point["metrics"]).items():
                 if isinstance(value, int | float):

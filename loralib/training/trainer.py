@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 
 from loralib.adapt import adapted_layers
 from loralib.adapters.own import load_adapter, save_adapter
@@ -76,8 +77,11 @@ class LoRATrainer(WithPenalty, ExactResume):
         name = "full" if adapter is None else adapter.get("method", "full")
         self.settings |= {"method": name, "modules": [name for name, _ in adapted_layers(self.model)]}
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and getattr(self.args, "logging_dir", None) is not None:
-                callback.logging_dir = self.args.logging_dir
+            if isinstance(
+                callback, TensorBoardCallback
+            ):  # without a folder, an evaluation alone would write into ./runs
+                asked = getattr(self.args, "logging_dir", None) or callback.logging_dir
+                callback.logging_dir = asked or str(Path(self.args.output_dir, default_logdir()))
 
     # ---- loss ----
 

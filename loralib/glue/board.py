@@ -1,0 +1,162 @@
+"""What TensorBoard shows beside single curves: the HPARAMS tab, and charts that put related curves together.
+
+`SummaryWriter.add_hparams` would make a second run folder. Here the same records go into the run's own.
+"""
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from loralib.adapt import parameters
+from loralib.glue.metrics import COMBINED
+from loralib.glue.tasks import Task
+from loralib.training.trainer import LoRATrainer
+
+# What every run has, so that the plots of a sweep can compare all of its runs.
+RESULTS = ("Final/score", "Final/loss", "Final/remaining_parameters", "Final/seconds")
+
+
+class BoardCallback(TrainerCallback):
+    """Writes hyperparameters and charts when the training begins; `finish` adds the results.
+
+    Args:
+        trainer: the run's trainer.
+        flags: the dataclasses of the run's flags.
+        task: the run's task.
+        started: the time at which the run began, in seconds since 1970.
+    """
+
+    def __init__(self, trainer: LoRATrainer, flags: tuple[Any, ...], task: Task, started: float) -> None:
+        self.trainer, self.flags, self.task, self.started = trainer, flags, task, started
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for board in self._boards():
+            writer = board.tb_writer
+            if writer is not None:
+                experiment, begin, _ = self._records()
+                writer.file_writer.add_summary(experiment)
+                writer.file_writer.add_summary(begin)
+                writer.add_custom_scalars(layout(self.trainer, self.task))
+
+    def finish(self, metrics: dict[str, Any], succeeded: bool = True) -> None:
+        """Write the results, and that the run is over.
+
+        Args:
+            metrics: as `run.json` has them.
+            succeeded: False for a run that was interrupted.
+        """
+        for board in self._boards():
+            if not self.trainer.is_world_process_zero() or board.logging_dir is None:
+                continue
+            score = COMBINED if f"eval_{COMBINED}" in metrics else self.task.metrics[0]
+            counts = parameters(self.trainer.model)
+            values = (
+                metrics.get(f"eval_{score}"),
+                metrics.get("eval_loss"),
+                counts["remaining"] if self.trainer.adapter is not None else counts["trainable"],
+                time.time() - self.started,
+            )
+            with board._SummaryWriter(log_dir=board.logging_dir) as writer:
+                for tag, value in zip(RESULTS, values, strict=True):
+                    if value is not None:
+                        writer.add_scalar(tag, value, self.trainer.state.global_step)
+                writer.file_writer.add_summary(self._records(succeeded)[2])
+
+    def _boards(self) -> list[Any]:
+        callbacks = self.trainer.callback_handler.callbacks
+        return [c for c in callbacks if isinstance(c, TensorBoardCallback)] if _has_plugin() else []
+
+    def _name(self) -> str:
+        """Name of the row: the sessions of a resumed run share it. The tab shows the first dozen letters."""
+        method = (self.trainer.adapter or {}).get("method", "full")
+        return f"{method} {self.task.name} {self.flags[3].seed} {self.trainer.args.output_dir}"
+
+    def _records(self, succeeded: bool = True) -> tuple[Any, Any, Any]:
+        """Summaries of the experiment, of the session's begin and of its end."""
+        from tensorboard.plugins.hparams.api_pb2 import Status
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+        from torch.utils.tensorboard.summary import hparams
+
+        records = hparams(hyperparameters(self.trainer, self.flags, self.task), dict.fromkeys(RESULTS, 0.0))
+        for record in records[1:]:
+            metadata = record.value[0].metadata.plugin_data
+            content = HParamsPluginData.FromString(metadata.content)
+            if record is records[1]:
+                content.session_start_info.group_name = self._name()
+                content.session_start_info.start_time_secs = self.started
+            else:
+                content.session_end_info.status = Status.Value("STATUS_SUCCESS" if succeeded else "STATUS_FAILURE")
+                content.session_end_info.end_time_secs = time.time()
+            metadata.content = content.SerializeToString()
+        return records
+
+
+def _has_plugin() -> bool:
+    try:
+        import tensorboard.plugins.hparams.api_pb2  # noqa: F401 - tensorboardX has no such tab
+    except ImportError:
+        return False
+    return True
+
+
+def hyperparameters(trainer: LoRATrainer, flags: tuple[Any, ...], task: Task) -> dict[str, Any]:
+    """The columns of the HPARAMS tab, the same for every method.
+
+    The tab's plots leave out a run that lacks a value. Where a method does not use a number, its column says what is
+    then true: every direction is trained (random_rank is r), every rank stays (target_rank is r), a weight is 0.
+    """
+    model, _, lora, training = flags
+    args = trainer.args
+    facts = {k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()}
+    r = lora.lora_r or 0 if lora.apply_lora else 0
+
+    def flag(name: str) -> Any:
+        return getattr(lora, name, None) or 0
+
+    matrices = len(facts["ranks"]) if "target_total_rank" in facts else 1
+    return {
+        "method": (trainer.adapter or {}).get("method", "full"),
+        "task": task.name,
+        "model": str(model.model_name_or_path).rstrip("/").rpartition("/")[2],
+        "r": r,
+        "alpha": lora.lora_alpha or 0.0 if lora.apply_lora else 0.0,
+        "random_rank": flag("random_rank") or r,
+        "target_rank": facts.get("target_total_rank", r * matrices) / matrices,
+        "threshold": facts.get("lambda", 0.0),
+        "gate_l1_weight": flag("sparse_lambda"),
+        "penalty_weight": flag("reg_orth_coef"),
+        "learning_rate": args.learning_rate,
+        "batch": trainer.get_total_train_batch_size(args),
+        "steps": trainer.state.max_steps,
+        "epochs": args.num_train_epochs if args.max_steps <= 0 else trainer.state.num_train_epochs,
+        "seed": training.seed,
+    }
+
+
+def layout(trainer: LoRATrainer, task: Task) -> dict[str, dict[str, list[Any]]]:
+    """Charts of the CUSTOM SCALARS tab, by heading; each has the tags of its curves, as regular expressions.
+
+    A chart names the curves of every method: TensorBoard would show two charts of one name that differ side by side.
+    """
+    losses = dict.fromkeys(("task_loss", "orth_regu_loss", "gate_l1", "penalty", trainer.penalty_name))
+    charts: dict[str, dict[str, list[Any]]] = {
+        "loss": {"task loss and penalty": ["Multiline", [*(f"train/{name}$" for name in losses), "eval/loss$"]]},
+        "evaluation": {name: ["Multiline", [f"eval/{name}$"]] for name in task.metrics},
+    }
+    if trainer.adapter is not None:
+        charts["rank"] = {
+            "budget and ranks": ["Multiline", ["Budget/total_rank$", "Watch/rank_total$"]],
+            "effective rank": ["Multiline", ["Watch/effective_rank$"]],
+        }
+    if trainer.method is not None and any(name.startswith("Gates/") for name in trainer.method.scalars()):
+        charts["gates"] = {
+            "share that is not 0": ["Multiline", ["Gates/nonzero_share$"]],
+            "remaining parameters": ["Multiline", ["Gates/remaining_parameters$"]],
+        }
+        charts["stages of SoRA"] = {
+            "remaining parameters": ["Multiline", ["Stages/remaining$"]],
+            "evaluation": ["Multiline", [f"Stages/eval_{name}$" for name in task.metrics]],
+        }
+    return charts
