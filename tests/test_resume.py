@@ -1,6 +1,7 @@
 """A run that was stopped, however it was stopped, ends as the run that was not: bitwise, or it says why it cannot."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -16,9 +17,11 @@ import pytest
 import runs
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from loralib.errors import InputError, RunInterrupted
+from loralib.glue.flags import GlueTrainingArguments
 from loralib.training.manifest import (
     MANIFEST,
     last_checkpoint,
@@ -27,6 +30,7 @@ from loralib.training.manifest import (
     rotate,
     write_manifest,
 )
+from loralib.training.sampling import check_loading
 
 # Three steps an epoch: 22 rows in batches of 4, the last of 2, accumulated by twos. Eight steps end within the third.
 STEPS = {"num_train_epochs": 3.0, "max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 1}
@@ -115,6 +119,72 @@ def test_early_stopping_stays_stopped(tmp_path: Path) -> None:
     again = run(tmp_path / "straight", tmp_path / "straight" / "checkpoint-2")
     assert again.state.global_step == 2
     assert runs.differences(runs.result(straight), runs.result(again)) == []
+
+
+# ---- how rows are loaded ----
+
+# Of each dataloader and accelerator setting a value that is not the default, and what it is: exact, or refused in every
+# run (refused) or with several processes (refused there). A slow value is tried in the slow tests.
+LOADING: dict[str, tuple[Any, str]] = {
+    "dataloader_drop_last": (True, "exact"),
+    "dataloader_num_workers": (2, "exact"),
+    "dataloader_pin_memory": (False, "exact"),
+    "dataloader_persistent_workers": (True, "exact"),
+    "dataloader_prefetch_factor": (3, "exact"),
+    "dataloader_multiprocessing_context": ("fork", "exact"),
+    "dataloader_in_order": (False, "refused"),
+    "split_batches": (True, "refused there"),
+    "dispatch_batches": (True, "refused there"),
+    "even_batches": (False, "refused there"),
+    "use_seedable_sampler": (False, "refused"),
+    "non_blocking": (True, "exact"),
+    "gradient_accumulation_kwargs": ({"sync_each_batch": True}, "refused"),
+    "use_configured_state": (True, "refused"),
+}
+WORKERS = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
+
+
+def loading(name: str) -> dict[str, Any]:
+    value = LOADING[name][0]
+    if not name.startswith("dataloader_"):
+        return {"accelerator_config": {name: value}}
+    return {name: value} | ({"dataloader_num_workers": 1} if name.endswith(WORKERS) else {})
+
+
+def test_every_setting_of_loading_stands_in_the_table() -> None:
+    """In the one above, and in docs/running.md."""
+    fields = [f.name for f in dataclasses.fields(TrainingArguments) if f.name.startswith("dataloader_")]
+    fields += [f.name for f in dataclasses.fields(AcceleratorConfig)]
+    assert sorted(fields) == sorted(LOADING)
+    says = {"exact": "exact", "refused": "refused", "refused there": "exact; refused with several processes"}
+    rows = []
+    for name, (value, state) in LOADING.items():
+        flag = f"`--{name} {value}`" if name.startswith("dataloader_") else f"`{json.dumps({name: value})}`"
+        rows.append(f"| {flag} | {says[state]} |")
+    table = "\n".join(rows)
+    assert table in (runs.ROOT / "docs" / "running.md").read_text(), table
+
+
+@pytest.mark.parametrize("name", [name for name, (_, state) in LOADING.items() if state != "refused"])
+def test_ways_of_loading_resume_exactly(name: str, tmp_path: Path) -> None:
+    """Within an epoch and at its end, with evaluations, whose loaders may have workers that stay too."""
+    check_resumes("lora", tmp_path, [2, 3, 6], eval_strategy="epoch", **loading(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_and_with_workers_that_import_everything_again(context: str, tmp_path: Path) -> None:
+    workers = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": context}
+    check_resumes("lora", tmp_path, [3], eval_strategy="epoch", **workers)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, state) in LOADING.items() if state != "exact"])
+def test_ways_of_loading_that_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if LOADING[name][1] == "refused there":
+        check_loading(runs.arguments(tmp_path, **loading(name)))
+        monkeypatch.setattr(GlueTrainingArguments, "world_size", 2)
+    with pytest.raises(InputError, match=f"{name}.* is not supported: .*; leave it out"):
+        check_loading(runs.arguments(tmp_path, **loading(name)))
 
 
 # ---- what is refused ----

@@ -47,8 +47,7 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
             run left, and --overwrite_output_dir is not given.
     """
     folder = Path(training.output_dir)
-    if training.process_index == 0:
-        lock(folder)
+    reserve(folder, training)
     if training.resume_from_checkpoint:
         if training.resume_from_checkpoint.lower() == "true":
             last = whole_checkpoint(folder)
@@ -83,6 +82,18 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
             "--overwrite_output_dir to remove what an earlier run left there."
         )
     return None
+
+
+def reserve(folder: Path, training: GlueTrainingArguments) -> None:
+    """Lock a run's folder, in the first process.
+
+    Raises:
+        InputError: another run holds it, it cannot be written to, or the run's record could not be.
+    """
+    if training.process_index == 0:
+        lock(folder)
+    if (folder / RUN_FILE).is_dir():
+        raise InputError(f"{folder / RUN_FILE} is a folder, and a run writes its record there: remove it.")
 
 
 def whole_checkpoint(folder: Path) -> Path | None:

@@ -51,8 +51,10 @@ from loralib.glue.training_flags import check_compiler, warn_of
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
 from loralib.kernels.deberta import unpad
 from loralib.methods import Method
+from loralib.training.guards import worker_deaths
 from loralib.training.lock import unlock
 from loralib.training.manifest import the_same_command
+from loralib.training.sampling import check_loading
 from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ def start(
     for line in warn_of(training) if training.do_train else []:
         logger.warning("%s", line)
     check_compiler(training)
+    check_loading(training)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
         raise InputError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes and each would train alone: there are not as many "
@@ -360,7 +363,8 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
     try:
         if run.training.do_train:
             mark_unfinished(run.training)
-        _train_and_evaluate(run, trainer, data, metrics)
+        with worker_deaths(run.training.output_dir):
+            _train_and_evaluate(run, trainer, data, metrics)
         _finish_board(trainer, metrics)
         if run.training.should_save:
             write_run(run, trainer, method, data.task.name, "finished", metrics)

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loralib.adapters.own import load_adapter
 from loralib.adapters.reading import ADAPTER_FILE
 from loralib.glue.data import GlueData
-from loralib.glue.folder import clear_output_dir, record_of, whole_checkpoint
+from loralib.glue.folder import clear_output_dir, record_of, reserve, whole_checkpoint
 from loralib.glue.record import RUN_FILE, flags_of
 from loralib.glue.run import Run, describe, load_start, train_and_report, trainer_of, trainer_parts
 from loralib.methods import Method
-from loralib.training.lock import lock, unlock
+from loralib.training.lock import unlock
 from loralib.training.settings import check_settings
 from loralib.training.trainer import LoRATrainer
 
@@ -101,8 +101,7 @@ def start_stage(run: Run, number: int, epochs: float | None) -> Run:
         off["logging_dir"] = str(Path(run.training.logging_dir, f"stage-{number}"))
     off |= {"early_stopping_patience": None, "early_stopping_threshold": None}  # every stage has its full length
     training = _with_epochs(run.training, number, epochs, output_dir=str(folder), **off)
-    if training.process_index == 0:
-        lock(folder)
+    reserve(folder, training)
     found = whole_checkpoint(folder)
     return dataclasses.replace(
         run,

@@ -190,6 +190,11 @@ def _check_accelerator_config(value: Any) -> None:
         for key in given:
             if key not in known:
                 raise InputError(f"{name} has the key {key!r}, it must be one of {', '.join(known)}.")
+    if value.get("use_configured_state"):
+        raise InputError(
+            "--accelerator_config with use_configured_state is not supported: no program here configures a state "
+            "beforehand; leave it out."
+        )
 
 
 def warn_of(args: TrainingArguments) -> list[str]:

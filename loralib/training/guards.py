@@ -2,16 +2,32 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from loralib.errors import RunDiverged
-from loralib.training.manifest import last_checkpoint
+from loralib.errors import RunDiverged, RunError
+from loralib.training.manifest import last_checkpoint, the_same_command
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def worker_deaths(output_dir: str) -> Iterator[None]:
+    """Raise RunError where a process that loads data dies (killed for its memory, say); torch raises RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or isinstance(error, RunError):
+            raise
+        said = " ".join(str(error).split())[:200].rstrip(". ")
+        raise RunError(
+            f"a process that loads data ended ({said}): see to the memory or lower "
+            f"--dataloader_num_workers, and {the_same_command(output_dir)}."
+        ) from error
 
 
 class Guards(Trainer):

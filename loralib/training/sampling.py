@@ -6,14 +6,41 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loralib.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-OWN_ROWS = "own_rows"  # of a batch's first rows: how many count, and their share in the mean over all processes
+# A batch may have this entry, (n, weight): only its first n rows are real, and the mean of their losses is multiplied
+# by the weight, so that averaging over the processes gives the mean over all real rows.
+OWN_ROWS = "own_rows"
+
+
+def check_loading(args: TrainingArguments) -> None:
+    """Refuse what deals rows in a way that a resumed run cannot repeat, or that does not count every row once.
+
+    Raises:
+        InputError: names the setting and the reason.
+    """
+    config: Any = args.accelerator_config
+    several = args.world_size > 1
+    for wrong, setting, reason in (
+        (not args.dataloader_in_order, "dataloader_in_order False", "batches would come in the order of the workers"),
+        (not config.use_seedable_sampler, _OF + "use_seedable_sampler false", "a resumed run could not shuffle alike"),
+        (config.gradient_accumulation_kwargs, _OF + "gradient_accumulation_kwargs", _ACCUMULATION),
+        (config.split_batches and several, _OF + "split_batches", _SHARES),
+        (config.dispatch_batches and several, _OF + "dispatch_batches", _SHARES),
+        (not config.even_batches and several, _OF + "even_batches false", _SHARES),
+    ):
+        if wrong:
+            raise InputError(f"--{setting} is not supported: {reason}; leave it out.")
+
+
+_OF = "accelerator_config with "
+_ACCUMULATION = "--gradient_accumulation_steps says how batches are accumulated"
+_SHARES = "with several processes rows of an epoch's last batch would count twice or not at all"
 
 
 class Sampling(Trainer):
@@ -25,6 +52,7 @@ class Sampling(Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_loading(self.args)
         self._length_sampler: LengthGroupedSampler | None = None
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
@@ -37,13 +65,20 @@ class Sampling(Trainer):
         return super().set_initial_training_values(args, dataloader)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock, but --dataloader_drop_last leaves no row out of metrics and predictions."""
+        """As stock, but --dataloader_drop_last leaves no row out of metrics and predictions.
+
+        A loader draws a seed for its workers from the global random state whenever they are started. Those that stay
+        (--dataloader_persistent_workers) are started again by a resume alone, so the draw has a generator of its own.
+        """
         drop = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop and kwargs.get("is_training", False)
         try:
-            return super()._get_dataloader(*args, **kwargs)
+            loader: Any = super()._get_dataloader(*args, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop
+        if self.args.dataloader_persistent_workers:
+            loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """As stock, but length grouping draws from (seed, epoch): the same on every process and after a resume."""
@@ -64,8 +99,8 @@ class Sampling(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """As stock, but the last batch of an epoch counts every row once when several processes share it.
 
-        Each gets a full batch there, filled up with rows from the epoch's start. These are marked here and left out of
-        the loss, which is weighted so that the average over processes is the mean over the rows that are left.
+        The stock loader gives each process a full batch there, filled up with rows from the epoch's start. The batch
+        gets the entry `OWN_ROWS`, by which the loss leaves those rows out.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         args = self.args

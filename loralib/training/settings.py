@@ -36,7 +36,13 @@ NUMERIC_ARGUMENTS = (
     "fp16",
 )
 # These too, but checkpoints did not always hold them: None stands for the default, and for what is not there.
-LATER_ARGUMENTS = ("torch_compile_backend", "torch_compile_mode", "tf32", "full_determinism")
+LATER_ARGUMENTS = (
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "tf32",
+    "full_determinism",
+    "dataloader_persistent_workers",  # which draws no seeds for its workers from the global random state
+)
 # With a schedule that looks at the evaluations, these decide as well.
 _EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
