@@ -50,6 +50,8 @@ class BoardCallback(TrainerCallback):
         for board in self._boards():
             if not self.trainer.is_world_process_zero() or board.logging_dir is None:
                 continue
+            from torch.utils.tensorboard import SummaryWriter  # what `_boards` gives back has it
+
             score = COMBINED if f"eval_{COMBINED}" in metrics else self.task.metrics[0]
             counts = parameters(self.trainer.model)
             values = (
@@ -58,7 +60,7 @@ class BoardCallback(TrainerCallback):
                 counts["remaining"] if self.trainer.adapter is not None else counts["trainable"],
                 time.time() - self.started,
             )
-            with board._SummaryWriter(log_dir=board.logging_dir) as writer:
+            with SummaryWriter(log_dir=board.logging_dir) as writer:
                 for tag, value in zip(RESULTS, values, strict=True):
                     if value is not None:
                         writer.add_scalar(tag, value, self.trainer.state.global_step)

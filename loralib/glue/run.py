@@ -365,13 +365,13 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
             mark_unfinished(run.training)
         with worker_deaths(run.training.output_dir):
             _train_and_evaluate(run, trainer, data, metrics)
-        _finish_board(trainer, metrics)
         if run.training.should_save:
             write_run(run, trainer, method, data.task.name, "finished", metrics)
             if run.training.do_train:
                 mark_finished(run.training)
             if run.training.do_train:
                 card.write_card(run.training.output_dir)
+        _finish_board(trainer, metrics)
     except RunError as error:
         if run.training.should_save:
             with suppress(OSError):  # the disk may be full

@@ -3,6 +3,8 @@
 No loop is copied: everything here is an override of the stock Trainer's, and no method is named.
 """
 
+import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations import TensorBoardCallback
-from transformers.integrations.integration_utils import default_logdir
 
 from loralib.adapt import adapted_layers
 from loralib.adapters.own import load_adapter, save_adapter
@@ -81,7 +82,8 @@ class LoRATrainer(WithPenalty, ExactResume):
                 callback, TensorBoardCallback
             ):  # without a folder, an evaluation alone would write into ./runs
                 asked = getattr(self.args, "logging_dir", None) or callback.logging_dir
-                callback.logging_dir = asked or str(Path(self.args.output_dir, default_logdir()))
+                name = f"{time.strftime('%b%d_%H-%M-%S')}_{platform.node()}"  # the stock one
+                callback.logging_dir = asked or str(Path(self.args.output_dir, "runs", name))
 
     # ---- loss ----
 
