@@ -1,4 +1,4 @@
-"""Checkpoints: written so that a killed run or a full disk leaves the last good one, and counted once complete."""
+"""Writes checkpoints so that a killed run or a full disk leaves the last good one."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from loralib.training.settings import argument_settings
 
 
 class RunningSums(Protocol):
-    """Sums behind the next log, as JSON values."""
+    """Sums that the next log is made from, as JSON values."""
 
     def progress(self) -> dict[str, Any]: ...
 
@@ -29,7 +29,7 @@ class RunningSums(Protocol):
 
 
 class Checkpoints(Guards):
-    """Writes checkpoints that count once their manifest is there; only then older ones are removed."""
+    """Writes checkpoints, which count once their manifest is there; only then are older ones removed."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Checkpoints(Guards):
         return ends and not self._epoch_over
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As stock, for what this project trains with; older versions cannot load for several processes on the CPU."""
+        """Load what this project trains with; some stock versions cannot load for several processes on the CPU."""
         if checkpoint is None:
             return
         for name, piece in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
@@ -87,7 +87,7 @@ class Checkpoints(Guards):
             save_method_state({k: v.state_dict() for k, v in self.method_state.items()}, output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint; it counts once its manifest is there, and only then older ones are removed."""
+        """Write a checkpoint, which counts once its manifest is there; only then are older ones removed."""
         if self._awaits_end_of_epoch():
             self._save_due = True
             return

@@ -31,7 +31,7 @@ def worker_deaths(output_dir: str) -> Iterator[None]:
 
 
 class Guards(Trainer):
-    """Keeps every loss and gradient norm on the device and looks at them where one logs or saves."""
+    """Keeps every loss and gradient norm on the device and looks at them whenever the run logs or saves."""
 
     # The stock annotations are unions with None that hold for a Trainer without a model or data.
     args: Any
@@ -53,7 +53,7 @@ class Guards(Trainer):
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
 
     def _watch(self, value: Tensor) -> None:
-        """Keep a loss or norm of this step; looked at together, so a step costs no operation and no waiting."""
+        """Keep a loss or norm of this step. They are looked at together: a step costs no operation and no waiting."""
         self._watched.append((self.state.global_step, value.detach()))
         if len(self._watched) >= 2000:  # where nothing is logged or saved
             self.check_finite()
@@ -68,10 +68,10 @@ class Guards(Trainer):
     def check_finite(self) -> None:
         """Stop the run when a loss or gradient norm was not finite.
 
-        The values are kept on the device and read only here, where one logs or saves.
+        The values stay on the device and are read only here, whenever the run logs or saves.
 
         Raises:
-            RunDiverged: names the first step in question and the last good checkpoint; on all processes together.
+            RunDiverged: it names the first such step and the last good checkpoint. All processes raise it together.
         """
         never = 2**62
         first = torch.full((1,), never, device=self.args.device)

@@ -1,7 +1,7 @@
 """Exact resume: a run that goes on from a checkpoint ends bitwise as if it had not been stopped.
 
-The places where the stock Trainer does not hold that are marked "exact resume". No loop is copied: all of it is
-overrides and one callback.
+Comments marked "exact resume" stand where the stock Trainer does not hold that. No loop is copied: this module consists
+of overrides and one callback.
 """
 
 import logging
@@ -29,8 +29,8 @@ class ExactResume(StopOnSigterm, Sampling):
     It stops at the first loss or gradient that is not finite, and warns when nothing moves in the first ten steps.
 
     Args:
-        settings: what decides the run's numbers beside `args` (the method's flags, the data): plain JSON values. A
-            checkpoint with other ones is refused.
+        settings: what decides the run's numbers beside `args` (the method's flags, the data), as plain JSON values. A
+            checkpoint with other settings is refused.
         method_state: pieces whose state a checkpoint keeps, by name.
         kwargs: as the stock Trainer.
     """
@@ -43,12 +43,12 @@ class ExactResume(StopOnSigterm, Sampling):
         self.add_callback(Boundaries(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the stock `train`; on SIGTERM it finishes the step, saves a checkpoint and raises.
+        """Do what the stock `train` does; on SIGTERM finish the step, save a checkpoint and raise.
 
         Raises:
-            InputError: the checkpoint is incomplete, or of a run with other settings; the message names them.
+            InputError: the checkpoint is incomplete, or belongs to a run with other settings, which the message names.
             RunDiverged: a loss or gradient is not finite.
-            RunInterrupted: SIGTERM.
+            RunInterrupted: SIGTERM came.
             RunError: a checkpoint could not be written.
         """
         if resume_from_checkpoint is True:
@@ -145,7 +145,7 @@ class ExactResume(StopOnSigterm, Sampling):
             self._load_rng_state(checkpoint)  # the stock Trainer does so only where it enters an epoch
 
     def _load_rng_state(self, checkpoint: Any) -> None:
-        """As stock, but a checkpoint may come from the other side of numpy 2, which gave this function a new path."""
+        """Load as the stock method does, also a checkpoint from the other side of numpy 2, which renamed a function."""
         rebuild: Any = np.ndarray.__reduce__(np.zeros(1))[0]
         paths = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
         with torch.serialization.safe_globals([(rebuild, path) for path in paths]):

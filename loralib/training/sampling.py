@@ -65,7 +65,7 @@ class Sampling(Trainer):
         return super().set_initial_training_values(args, dataloader)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock, but --dataloader_drop_last leaves no row out of metrics and predictions.
+        """Make the stock loader, but let --dataloader_drop_last leave no row out of metrics and predictions.
 
         A loader draws a seed for its workers from the global random state whenever they are started. Those that stay
         (--dataloader_persistent_workers) are started again by a resume alone, so the draw has a generator of its own.
@@ -81,7 +81,7 @@ class Sampling(Trainer):
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """As stock, but length grouping draws from (seed, epoch): the same on every process and after a resume."""
+        """Make the stock sampler, but let length grouping draw from (seed, epoch) alone, on every process alike."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
@@ -97,7 +97,7 @@ class Sampling(Trainer):
         return self._length_sampler
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """As stock, but the last batch of an epoch counts every row once when several processes share it.
+        """Fetch batches as the stock method does, and mark the real rows at the end of an epoch.
 
         The stock loader gives each process a full batch there, filled up with rows from the epoch's start. The batch
         gets the entry `OWN_ROWS`, by which the loss leaves those rows out.

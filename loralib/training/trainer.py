@@ -113,7 +113,7 @@ class LoRATrainer(WithPenalty, ExactResume):
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock, but several processes count each row once in the loss, as they do in the metrics."""
+        """Evaluate as the stock method does, but count each row once in the loss of all processes, as metrics do."""
         output: Any = super().evaluation_loop(*args, **kwargs)
         loss = next((name for name in output.metrics if name.endswith("_loss")), None)
         if self.args.world_size > 1 and loss and isinstance(output.predictions, np.ndarray):
@@ -143,7 +143,7 @@ class LoRATrainer(WithPenalty, ExactResume):
                     self.processing_class.save_pretrained(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: --push_to_hub sends the finished run once, at its end."""
+        """Do nothing: --push_to_hub sends the finished run once, at its end."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter is None:
