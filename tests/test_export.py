@@ -639,6 +639,60 @@ def test_a_damaged_adapter_is_one_sentence_that_names_the_file(tmp_path: Path, h
     assert not (tmp_path / "out").exists() and not (Path(__file__).parent / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"base_model": "x" * 5000}, "base_model of 5000 characters"),
+        ({"base_model": "a\0b"}, "base_model of 3 characters"),
+        ({"base_model": ["a"]}, "names no base_model"),
+        ({"lora_alpha": float("inf")}, "lora_alpha' = 'inf'"),
+        ({"lora_r": 1e12}, r"lora_r 1e\+12, and its factors have rank 4"),
+    ],
+)
+def test_a_strange_value_in_adapter_json_is_one_sentence(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    make_run(tmp_path / "run", base)
+    file = tmp_path / "run" / "adapter.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=said) as refused:
+        export_merged(tmp_path / "run", tmp_path / "out", layer=LoRALinear)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_mixed_precision_is_read_and_floats_of_eight_bits_are_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    trained = make_run(tmp_path / "run", base, "adalora")
+    file = tmp_path / "run" / "adapter.safetensors"
+    state = load_file(file)
+    save_file({k: t.bfloat16() if k.endswith("lora_A") else t for k, t in state.items()}, file)
+    for export in (export_lora, export_peft, export_merged):
+        export(tmp_path / "run", tmp_path / export.__name__)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export_merged").eval()
+    assert merged.dtype == torch.float32 and (logits(merged) - logits(trained)).abs().max() < 0.05
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        save_file({k: t.to(dtype) if k.endswith("lora_A") else t for k, t in state.items()}, file)
+        model = load_base(base, 3)
+        adapt(model, SVDLinear, list(ROLES), r=R, lora_alpha=12.0)
+        with pytest.raises(InputError, match="in float8_.*cannot be read here"):
+            export_lora(tmp_path / "run", tmp_path / "out")
+        with pytest.raises(InputError, match="in float8_.*cannot be read here"):
+            load_adapter(model, tmp_path / "run")
+
+
+def test_a_merged_export_of_an_older_run_says_what_its_outputs_are(tmp_path: Path) -> None:
+    """Runs of 409de3b wrote no problem_type, and a base model's own may be another."""
+    base = make_base(tmp_path / "base", "bert")
+    for labels, kind in ((1, "regression"), (3, "single_label_classification")):
+        run = tmp_path / str(labels)
+        make_run(run, base, num_labels=labels)
+        names = None if labels == 1 else ["a", "b", "c"]
+        for file, change in (("config.json", {"problem_type": None}), ("adapter.json", {"label_names": names})):
+            (run / file).write_text(json.dumps(json.loads((run / file).read_text()) | change))
+        export_merged(run, tmp_path / f"{labels}-merged")
+        config = AutoConfig.from_pretrained(tmp_path / f"{labels}-merged")
+        assert config.problem_type == kind and (names is None or list(config.id2label.values()) == names)
+
+
 @pytest.mark.parametrize("suffix", ["bin", "pt"])
 def test_nothing_in_a_pickle_is_executed(tmp_path: Path, suffix: str) -> None:
     for number, content in enumerate([{"x": Executed()}, Executed(), [1], {"x": 1}, {3: torch.zeros(1)}]):

@@ -348,6 +348,22 @@ def test_a_tokenizer_of_another_model(usual, entry_point, tiny_model_dir, tmp_pa
         entry_point("AdaLoRA").main(argv(usual | {"tokenizer_name": folder}))
 
 
+def test_a_small_vocabulary_with_high_ids(usual, entry_point, tiny_model_dir, tmp_path) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "on", "in", "was", "."]
+    vocabulary = {word: i if i < 5 else 5000 + i for i, word in enumerate(words)}
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+                 "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []}  # fmt: skip
+    (folder / "spm.model").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "[MASK]"} | special)
+    )
+    with pytest.raises(InputError, match=r"the tokenizer gives the token 500\d and the model knows tokens 0 to \d+:"):
+        entry_point("AdaLoRA").main(argv(usual | {"tokenizer_name": folder}))
+
+
 def test_ctrl_c_is_one_sentence(capsys) -> None:
     from loralib.glue.arguments import command
 

@@ -133,9 +133,17 @@ def export_merged(
         r, alpha = (
             read_number(adapter.config, key, adapter.source / ADAPTER_CONFIG) for key in ("lora_r", "lora_alpha")
         )
+        held = {m["lora_A"].shape[0] for m in adapter.matrices.values()}
+        if r not in held and held:  # before a rank of any size takes memory
+            raise InputError(
+                f"{adapter.source / ADAPTER_CONFIG} has lora_r {r:g}, and its factors have rank "
+                f"{', '.join(map(str, sorted(held)))}: they are not of one run."
+            )
         adapt(model, layer, list(adapter.config["ranks"]), r=int(r), lora_alpha=alpha)
         load_adapter(model, adapter.source)
         merge(model)
+    if not language_model(model.config):
+        _name_outputs(model.config, adapter)
     own_tokenizer = (adapter.source / "tokenizer_config.json").is_file()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -150,6 +158,15 @@ def export_merged(
         tokenizer.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):  # safetensors' own writer keeps them from everybody else
             file.chmod((folder / "config.json").stat().st_mode)
+
+
+def _name_outputs(config: Any, adapter: Adapter) -> None:
+    """Say in the config what transformers' pipeline reads, also where an older run did not."""
+    names = adapter.config.get("label_names")
+    if names and len(names) == config.num_labels:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
 
 
 def merge(model: nn.Module) -> None:
@@ -199,6 +216,11 @@ def base_model(
     from transformers import logging as transformers_logging
 
     name = base or adapter.config.get("base_model")
+    if isinstance(name, str) and (len(name) > 1000 or "\0" in name):
+        raise InputError(
+            f"{adapter.source / ADAPTER_CONFIG} has a base_model of {len(name)} characters, which names no model "
+            f"({name[:40]!r}): give it by --base."
+        )
     if not isinstance(name, str) or not name:
         raise InputError(f"{adapter.source / ADAPTER_CONFIG} names no base_model: give it by --base (base= in Python).")
     revision = None if base else adapter.config.get("base_model_revision")

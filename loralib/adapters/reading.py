@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from loralib.layers import DIAGONALS
 ADAPTER_FILE = "adapter.safetensors"
 ADAPTER_CONFIG = "adapter.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Floats of fewer bits come with scales that a state dict does not hold.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(f"{file} does not hold a state dict: it must map names to tensors and hold nothing else.")
+    for key, value in state.items():
+        if (value.is_floating_point() or value.is_complex()) and value.dtype not in FLOATS:
+            raise InputError(
+                f"{file} has {key!r} in {str(value.dtype).removeprefix('torch.')}, which cannot be read here: write it "
+                "in float32, bfloat16 or float16."
+            )
     return state
 
 
@@ -87,7 +96,11 @@ def read_number(config: Mapping[str, Any], key: str, file: Path, least: float = 
 
 
 def split_state(state: Mapping[str, Tensor], source: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Tensors of adapted matrices by module, checked against each other, and the rest."""
+    """Tensors of adapted matrices by module, checked against each other, and the rest; floats in their widest type."""
+    types = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(types) > 1:
+        widest = reduce(torch.promote_types, types)
+        state = {key: value.to(widest) if value.is_floating_point() else value for key, value in state.items()}
     matrices: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, value in state.items():

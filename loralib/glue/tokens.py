@@ -144,7 +144,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any, splits: lis
         InputError: names the token.
     """
     known = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= known and tokenizer.pad_token_id < known:
+    ids = tokenizer.get_vocab().values()  # not len(tokenizer): the ids of a small vocabulary may be high
+    if max(ids, default=0) < known and tokenizer.pad_token_id < known:
         return
     highest = max(tokenizer.pad_token_id, *(max(ids) for split in splits for ids in split["input_ids"]))
     if highest >= known:
