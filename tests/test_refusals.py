@@ -333,7 +333,7 @@ def test_a_model_with_a_head_for_other_classes(usual, entry_point, tmp_path) -> 
     three = {"dataset_name": None, "train_file": tmp_path / "train.csv", "apply_lora": None, "lora_r": None}
     entry_point("AdaLoRA").main(argv(usual | three | {"max_steps": 1, "lora_alpha": None, "save_strategy": "no"}))
     other = usual | {"model_name_or_path": tmp_path / "out", "output_dir": tmp_path / "two"}
-    evaluated = other | {"do_train": None, "do_eval": True, "ignore_mismatched_sizes": True}
+    evaluated = other | {"do_train": None, "do_eval": True}
     with pytest.raises(InputError, match="not_equivalent.*labels a, b, c"):
         entry_point("AdaLoRA").main(argv(evaluated))
     entry_point("AdaLoRA").main(argv(other | {"max_steps": 1}))

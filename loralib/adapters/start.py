@@ -70,7 +70,10 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
         raise InputError(f"{source} adapts {unknown[0]!r}, a part of the head, which trains as a whole here.")
     if unknown or not held_matrices:
         held = f"adapts {unknown[0]!r}, which this run does not" if unknown else "holds no lora_A and lora_B"
-        raise InputError(f"{source} {held}: set --lora_module and the model as they were.")
+        way = "set --lora_module and the model as they were"
+        if not held_matrices and adapter.rest:
+            way = "a whole model is given as --model_name_or_path"
+        raise InputError(f"{source} {held}: {way}.")
     state = _in_the_models_order(adapter, _rest_that_fits(model, adapter, source), model)
     fresh, smaller, scalings = 0, 0, set()
     for name, layer in layers.items():

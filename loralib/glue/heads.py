@@ -26,6 +26,8 @@ from loralib.glue.tasks import GLUE, Task
 logger = logging.getLogger(__name__)
 
 MULTI_LABEL = "multi_label_classification"
+TWICE = "two outputs of one name"
+CLASSIFIER = "ForSequenceClassification"  # how the names of transformers' classes with a classifier end
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class TrainedHead:
     """What is known about a head before any data is read.
 
     source: where it is written, for messages. label_names: in the order of the outputs, None for a regression; names
-    such as LABEL_0 mean nothing but their number. task: name of the task, where it is recorded. multi_label: whether
-    each output is a yes or no of its own. resumed: whether it is that of the checkpoint from which the run goes on.
+    such as LABEL_0 mean nothing but their number. task: name of the task, where it is recorded. unsupported: what about
+    its outputs cannot be used here, in words. resumed: whether it is that of the checkpoint from which the run goes on.
     """
 
     source: str
     label_names: tuple[str, ...] | None
     task: str | None = None
-    multi_label: bool = False
+    unsupported: str | None = None
     resumed: bool = False
 
     def __str__(self) -> str:
@@ -49,11 +51,20 @@ class TrainedHead:
             return "a regression"
         if unnamed_labels(self.label_names):
             return f"{len(self.label_names)} classes without names"
-        return f"{'several of ' if self.multi_label else ''}the labels {', '.join(self.label_names)}"
+        return f"the labels {', '.join(self.label_names)}"
 
     def as_task(self) -> Task:
         """The task that the head was trained for; the data decide its columns. One of GLUE's keeps its name only with
-        its labels."""
+        its labels.
+
+        Raises:
+            InputError: the head is `unsupported`.
+        """
+        if self.unsupported:
+            raise InputError(
+                f"{self.source} is of a head with {self.unsupported}, which is not supported: a row has one label, "
+                "and a label one name here; train a new head by --do_train."
+            )
         own = GLUE.get(self.task or "")
         if own is not None and fits(self, own):
             return Task(own.name, (), self.label_names, ())
@@ -100,7 +111,8 @@ def head_of_adapter(adapter: Adapter) -> TrainedHead | None:
                 f"{file} names the labels {', '.join(told or ())} and its head has {number} output(s): they are not of "
                 "one run."
             )
-        return TrainedHead(file, tuple(told) if told else None, task)
+        names = tuple(told) if told else None
+        return TrainedHead(file, names, task, TWICE if names is not None and len({*names}) < number else None)
     beside = _json_object(adapter.source / "config.json") if adapter.source.is_dir() else None
     if beside is not None:
         found = head_of_config(beside, str(adapter.source / "config.json"))
@@ -125,9 +137,11 @@ def head_of_model(model: ModelArguments) -> TrainedHead | None:
     if named is not config and named.get("problem_type") == MULTI_LABEL:
         raise InputError(f"config_name {model.config_name} has problem_type {MULTI_LABEL}, which is not supported: a "
                          "row has one label here.")  # fmt: skip
-    if not any(str(a).endswith("ForSequenceClassification") for a in config.get("architectures") or ()):
-        return None
+    architectures = config.get("architectures")
+    classifies = isinstance(architectures, list) and any(str(a).endswith(CLASSIFIER) for a in architectures)
     head = head_of_config(named, f"the config of {model.config_name or model.model_name_or_path}")
+    if not classifies and (head.label_names is None or unnamed_labels(head.label_names)):
+        return None  # a config that names labels is taken for that of a classifier, whatever else it lacks
     record = _json_object(Path(name) / "run.json") or {}
     return replace(head, task=head.task or (record["task"] if isinstance(record.get("task"), str) else None))
 
@@ -136,7 +150,7 @@ def head_of_config(config: Mapping[str, Any], source: str) -> TrainedHead:
     """From a classifier's config.json as transformers writes it, without id2label where two classes have no names.
 
     Raises:
-        InputError: id2label does not name the outputs 0, 1 and on, or a regression has several.
+        InputError: id2label does not name the outputs 0, 1 and on.
     """
     number: Any = config.get("num_labels")
     names = config.get("id2label") or dict(enumerate(placeholders(number if number in range(1, 10**5) else 2)))
@@ -144,16 +158,18 @@ def head_of_config(config: Mapping[str, Any], source: str) -> TrainedHead:
         by_id = {int(i): str(name) for i, name in names.items()}
         ordered = tuple(by_id[i] for i in range(len(by_id)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{source} has an id2label that does not name the outputs 0, 1 and on: repair it.") from error
-    kind, task = config.get("problem_type"), config.get("finetuning_task")
-    if kind == "regression" and len(ordered) > 1:
         raise InputError(
-            f"{source} has problem_type regression with {len(ordered)} outputs: a regression has one here."
-        )
-    regression = len(ordered) == 1 and kind != MULTI_LABEL
-    return TrainedHead(
-        source, None if regression else ordered, task if isinstance(task, str) else None, kind == MULTI_LABEL
-    )
+            f"{source} has an id2label that does not map 0, 1 and on, without a gap, to names: repair it."
+        ) from error
+    kind, task = config.get("problem_type"), config.get("finetuning_task")
+    unsupported = None
+    if kind == MULTI_LABEL or (kind == "regression" and len(ordered) > 1):
+        unsupported = f"problem_type {kind} with {len(ordered)} output(s)"
+    elif len(set(ordered)) < len(ordered):
+        unsupported = TWICE
+    regression = len(ordered) == 1 and unsupported is None
+    task = task if isinstance(task, str) else None
+    return TrainedHead(source, None if regression else ordered, task, unsupported)
 
 
 def _json_object(file: Path) -> dict[str, Any] | None:
@@ -178,23 +194,22 @@ def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
     if fits(head, data.task):
         return _in_order_of(data, head)
     names = data.task.label_names
-    what = f"{head.source} is of a head for {head} and the data is for " + (
-        "a regression" if names is None else f"the labels {', '.join(names)}"
-    )
+    ours = "a regression" if names is None else f"the labels {', '.join(names)}"
+    what = f"{head.source} is of a head for {head} and the data is for {ours}"
+    if head.unsupported:
+        what = f"{head.source} is of a head with {head.unsupported}, which is not supported: a row has one label here"
     if head.resumed:
         raise InputError(f"{what}: go back to its data, name another --output_dir, or start over with "
                          "--overwrite_output_dir.")  # fmt: skip
     if not trains:
-        why = f" ({MULTI_LABEL} is not supported)" if head.multi_label else ""
-        raise InputError(f"{what}{why}: give data with the labels that were trained, or train a new head by "
-                         "--do_train.")  # fmt: skip
+        raise InputError(f"{what}: give data with the labels that were trained, or train a new head by --do_train.")
     logger.warning("%s: a new head starts", what)
     return data
 
 
 def fits(head: TrainedHead, task: Task) -> bool:
     """Whether the head is for the classes of the task, in any order, or for a regression as the task is."""
-    if head.multi_label:
+    if head.unsupported:
         return False
     if head.label_names is None or task.label_names is None:
         return head.label_names is None and task.label_names is None

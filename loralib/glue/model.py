@@ -54,7 +54,7 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         "trust_remote_code": args.trust_remote_code,
     }
     own_head = head_of_model(args)
-    keeps_head = own_head is None or _same_outputs(own_head.label_names, task) and not own_head.multi_label
+    keeps_head = own_head is None or _same_outputs(own_head.label_names, task) and not own_head.unsupported
     try:
         config = AutoConfig.from_pretrained(args.config_name or name, **common)
         set_labels(config, task.label_names, task.name)
@@ -87,6 +87,8 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
     except Exception as error:  # the libraries raise whatever their file formats do
         if Path(name).is_dir():
             where, way = "", " (is every file whole, none half downloaded or a git-lfs pointer?)"
+            if any((Path(name) / file).is_file() for file in ("adapter.json", "adapter_config.json")):
+                way = " (the folder holds an adapter: give it as --lora_path, and its base model here)"
         else:
             where, way = " (no such folder here, so the hub was asked; it may not have been reachable)", ""
         what = " ".join(str(error).split())[:500] or type(error).__name__

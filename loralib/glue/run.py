@@ -115,7 +115,11 @@ def start(
     if training.early_stopping_patience is not None and not training.do_train:
         logger.warning("--early_stopping_patience has no effect without --do_train")
     if not training.do_train and lora.apply_lora and not lora.lora_path:
-        logger.warning("neither --do_train nor --lora_path is given: low-rank factors and head are untrained")
+        logger.warning(
+            "neither --do_train nor --lora_path is given: the low-rank factors are untrained and add nothing"
+        )
+    if not training.do_train and model.ignore_mismatched_sizes:
+        raise InputError("--ignore_mismatched_sizes needs --do_train: layers that start anew would answer at random.")
     there = transformers.integrations.get_available_reporting_integrations()
     for name in training.report_to:
         if name not in ("none", "all") and name not in there:
@@ -137,6 +141,8 @@ def start(
             f"lora_path {lora.lora_path} holds no head and {model.model_name_or_path} has none: nothing that could "
             "answer was trained; give an adapter with its head, or train by --do_train."
         )
+    if not training.do_train and model.head is None:
+        logger.warning("%s has no trained head and nothing trains: the answers are random", model.model_name_or_path)
     set_seed(training.seed)
     return Run((model, data, lora, training), training, checkpoint, data.glue_submission, list(command), clear)
 
