@@ -149,6 +149,35 @@ def test_the_same_command_after_an_early_end(
     same(folder, straight)
 
 
+def test_a_full_disk_under_tensorboard_is_a_sentence(usual: list[str], entry_point: Any, tmp_path: Path) -> None:
+    """Its writer is a thread of its own, for whose errors Python prints a traceback."""
+    argv = [*usual, f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard", "--logging_steps=1"]
+    status = runs.finished(runs.start(no_events, "AdaLoRA", argv, str(tmp_path / "log")))
+    text = (tmp_path / "log").read_text()
+    assert status in (0, 3) and "Traceback" not in text, text[-3000:]
+    assert "a file of logs could not be written" in text and "No space left on device" in text
+    entry_point("AdaLoRA").main(argv)
+    assert record(tmp_path / "run")["status"] == "finished"
+
+
+def no_events(entry: str, argv: list[str], log: str) -> None:
+    """No more than the first of TensorBoard's files can be written to."""
+    import errno
+    import sys
+
+    opened = 0
+
+    def audited(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal opened
+        if event == "open" and "tfevents" in str(arguments[0]) and set(str(arguments[1])) & set("wa"):
+            opened += 1
+            if opened > 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sys.addaudithook(audited)
+    runs.enter(entry, argv, log)
+
+
 def test_what_a_diverged_run_says(usual: list[str], entry_point: Any, tmp_path: Path) -> None:
     """Without a checkpoint the command with a lower learning rate is enough; with one the flag that is named clears."""
     argv = [*usual, f"--output_dir={tmp_path / 'run'}", "--max_grad_norm=0"]

@@ -458,7 +458,7 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
     clock = ("_runtime", "_per_second")
     history = [{k: v for k, v in log.items() if not k.endswith(clock)} for log in record["history"]]
     for stage in record.get("stages", []):
-        history.append({k: v for k, v in stage.items() if k != "metrics"})
+        history.append({k: v for k, v in stage.items() if k not in ("metrics", "seconds")})
     return load_file(folder / "adapter.safetensors"), history
 
 

@@ -51,7 +51,7 @@ from loralib.glue.training_flags import check_compiler, warn_of
 from loralib.glue.watch import HELDOUT, WatchCallback, split_heldout
 from loralib.kernels.deberta import unpad
 from loralib.methods import Method
-from loralib.training.guards import worker_deaths
+from loralib.training.guards import worker_deaths, writing_threads
 from loralib.training.lock import unlock
 from loralib.training.manifest import the_same_command
 from loralib.training.sampling import check_loading
@@ -369,7 +369,7 @@ def finish(run: Run, trainer: LoRATrainer, data: GlueData, method: str) -> dict[
     try:
         if run.training.do_train:
             mark_unfinished(run.training)
-        with worker_deaths(run.training.output_dir):
+        with worker_deaths(run.training.output_dir), writing_threads():
             _train_and_evaluate(run, trainer, data, metrics)
         if run.training.should_save:
             write_run(run, trainer, method, data.task.name, "finished", metrics)

@@ -1,6 +1,7 @@
 """Stops a run at the first loss or gradient that is not finite, and warns when no parameter moves."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,23 @@ def worker_deaths(output_dir: str) -> Iterator[None]:
             f"a process that loads data ended ({said}): see to the memory or lower "
             f"--dataloader_num_workers, and {the_same_command(output_dir)}."
         ) from error
+
+
+@contextmanager
+def writing_threads() -> Iterator[None]:
+    """Log one sentence where a thread that writes (TensorBoard's) meets a full disk; Python prints a traceback."""
+
+    def said(failed: threading.ExceptHookArgs) -> None:
+        if isinstance(failed.exc_value, OSError):
+            logger.warning("a file of logs could not be written (%s)", failed.exc_value)
+        else:
+            before(failed)
+
+    before, threading.excepthook = threading.excepthook, said
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Guards(Trainer):
