@@ -71,12 +71,8 @@ class AdaLoRAArguments(LoRAArguments):
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, it must lie between 0 and 1, both excluded.")
-        for name, least in (
-            ("mask_interval", 1),
-            ("init_warmup", 0),
-            ("final_warmup", 0),
-            ("tb_writter_loginterval", 1),
-        ):
+        steps = {"mask_interval": 1, "init_warmup": 0, "final_warmup": 0, "tb_writter_loginterval": 1}
+        for name, least in steps.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value:g}, it must be {least} or more.")
@@ -99,19 +95,9 @@ def choose_method(model: Any, flags: AdaLoRAArguments, do_train: bool) -> Method
         return full_fine_tuning(model)
     common: dict[str, Any] = {"reg_orth_coef": flags.reg_orth_coef, **flags.layer_settings}
     if flags.apply_adalora and do_train:
-        return adalora(
-            model,
-            flags.modules,
-            target_rank=flags.target_rank,
-            target_total_rank=flags.target_total_rank,
-            init_warmup=flags.init_warmup,
-            final_warmup=flags.final_warmup,
-            mask_interval=flags.mask_interval,
-            beta1=flags.beta1,
-            beta2=flags.beta2,
-            log_every=flags.tb_writter_loginterval,
-            **common,
-        )
+        names = ("target_rank", "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2")
+        numbers = {name: getattr(flags, name) for name in names}
+        return adalora(model, flags.modules, log_every=flags.tb_writter_loginterval, **numbers, **common)
     if not flags.apply_adalora and (flags.target_rank or flags.target_total_rank):
         logger.info("apply_adalora is off: no budget is allocated, all ranks stay, whatever target_rank says")
     method = lora(model, flags.modules, triplets=flags.lora_type == "svd", **common)

@@ -32,8 +32,6 @@ from loralib.layers import GatedLinear
 from loralib.methods import Method, full_fine_tuning, lora, sora
 from loralib.sparse import lambda_stages
 
-logger = logging.getLogger("loralib.run_glue")
-
 
 @dataclass
 class SoRAArguments(LoRAArguments):
@@ -41,9 +39,7 @@ class SoRAArguments(LoRAArguments):
 
     _argument_group_name = "SoRA"
 
-    train_sparse: bool = flag(
-        False, "Put a gate on each low-rank direction and make the gates sparse; off: plain LoRA."
-    )
+    train_sparse: bool = flag(False, "Put a gate on each low-rank direction, and make gates 0; off: plain LoRA.")
     sparse_lambda: float = flag(0.0, "lambda of eq. 5: weight of the gates' L1 norm in the loss.")
     sparse_lambda_2: float = flag(0.0, "eta lambda of eq. 7: threshold of the proximal step after each optimizer step.")
     lambda_schedule: str | None = flag(
@@ -56,9 +52,7 @@ class SoRAArguments(LoRAArguments):
     lambda_num: int | None = flag(None, "n: number of stages, the first included.")
     lambda_epochs: float | None = flag(None, "Epochs of each later stage; num_train_epochs where not given.")
     sparse_lr: float | None = flag(None, "eta of the gates: their learning rate; learning_rate where not given.")
-    as_released: bool = flag(
-        False, "Shrink as the released code does: also gates between one and two thresholds become 0."
-    )
+    as_released: bool = flag(False, "Shrink as the released code does: gates below two thresholds become 0, too.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,14 +70,13 @@ class SoRAArguments(LoRAArguments):
             return
         if not self.train_sparse:
             raise InputError("--lambda_schedule needs --train_sparse: without gates there is no threshold to raise.")
-        for name in ("max_lambda", "lambda_num"):
-            if getattr(self, name) is None:
-                raise InputError(f"--lambda_schedule {self.lambda_schedule} needs --{name}.")
+        if self.max_lambda is None or self.lambda_num is None:
+            missing = "max_lambda" if self.max_lambda is None else "lambda_num"
+            raise InputError(f"--lambda_schedule {self.lambda_schedule} needs --{missing}.")
         if self.lambda_epochs is not None and self.lambda_epochs <= 0:
             raise InputError(f"lambda_epochs is {self.lambda_epochs}, it must be above 0.")
-        lambda_stages(self.lambda_schedule, self.sparse_lambda_2, self.max_lambda, self.lambda_num)
+        self.thresholds()
 
-    @property
     def thresholds(self) -> list[float]:
         """Thresholds of the stages, first to last; one stage without a schedule."""
         if self.lambda_schedule is None:
@@ -103,19 +96,12 @@ def choose_methods(model: Any, flags: SoRAArguments, do_train: bool) -> list[Met
     if not flags.apply_lora:
         return [full_fine_tuning(model)]
     if not flags.train_sparse:
-        logger.info("train_sparse is off: plain LoRA without gates")
+        logging.getLogger("loralib.run_glue").info("train_sparse is off: plain LoRA without gates")
         return [lora(model, flags.modules, **flags.layer_settings)]
     adapt(model, GatedLinear, flags.modules, **flags.layer_settings)
-    return [
-        sora(
-            model,
-            threshold=threshold,
-            sparse_lambda=flags.sparse_lambda,
-            sparse_lr=flags.sparse_lr,
-            as_released=flags.as_released,
-        )
-        for threshold in (flags.thresholds if do_train else [flags.sparse_lambda_2])
-    ]
+    numbers = {name: getattr(flags, name) for name in ("sparse_lambda", "sparse_lr", "as_released")}
+    thresholds = flags.thresholds() if do_train else [flags.sparse_lambda_2]
+    return [sora(model, threshold=threshold, **numbers) for threshold in thresholds]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,18 +1,40 @@
 """Fast disentangled attention for the stock DeBERTa-v2/v3 model: same parameters, same numbers, less work.
 
 The stock layer multiplies every query and every key with all 2 * span relative positions, for every example, and then
-gathers L of them. Here only the rows that a sequence of length L can reach are projected, together with the hidden
-states, and the L x L scores are read from the product as a view. With d = i - j, from key j to query i (DeBERTa,
-arXiv 2006.03654, eq. 4):
+gathers L of the products. Here only the rows of the table that a sequence of length L can reach are projected, together
+with the hidden states, and the L x L scores are read from the products as a view. With d = i - j, the distance from key
+j to query i (DeBERTa, arXiv 2006.03654, eq. 4):
 
     scores[i, j] = (q_i . k_j + q_i . pos_k[d] + k_j . pos_q[d]) / sqrt(head size * (1 + number of position terms))
                      content        c2p              p2c
 
-In a buffer of L rows and 2L columns whose column for distance d is L - 1 - d, entry (i, j) lies at
-i (2L - 1) + (L - 1) + j: cut off the first L - 1 numbers, call the rest rows of 2L - 1, keep L of each. That is a view:
-no gather, and no scatter in the backward.
+The band
+--------
+Let P = C T^T be the products of the contents C (L, size), here the queries, and the rows T (2L, size) of the table, in
+descending order of distance: column c of P belongs to distance L - 1 - c. Query i needs distance i - j from key j, so
 
-A sequence classifier reads the first token of the last layer and nothing else of it: there only that token's query is
+    S[i, j] = P[i, L - 1 - i + j],        which lies at 2L i + L - 1 - i + j = (2L - 1) i + (L - 1) + j in memory.
+
+For L = 4, P is 4 x 8. Each number below is its place in memory, and S is what stands between the brackets:
+
+    distance     3   2   1   0  -1  -2  -3  -4
+    query 0      0   1   2 [ 3   4   5   6]  7
+    query 1      8   9 [10  11  12  13] 14  15
+    query 2     16 [17  18  19  20] 21  22  23
+    query 3    [24  25  26  27] 28  29  30  31
+
+The brackets begin at 3, 10, 17 and 24, always 7 = 2L - 1 further. So S is a view of P's memory: skip the first L - 1
+numbers, cut the rest into rows of 2L - 1, and keep the first L of each row. Nothing is gathered. In the p2c term the
+rows are keys and the distances ascend, so its brackets begin at L instead of L - 1, and S is the transposed band.
+
+The backward. Each number of P is read once if it lies between the brackets, and otherwise never. So the gradient of P
+holds the gradient of S between the brackets and 0 elsewhere: it is a buffer of zeros into which the gradient of S is
+copied through the same view. Nothing is scattered and nothing is summed. From P = C T^T follow dC = dP T and
+dT = dP^T C, two products.
+
+The last layer
+--------------
+A sequence classifier reads the first token of the last layer and nothing else of it. There only that token's query is
 computed, and only its row goes through the rest of the layer.
 """
 
@@ -300,7 +322,7 @@ def _first_token_attention(
 
 
 def _band(buffer: Tensor, start: int) -> Tensor:
-    """View of (n, length, 2 length) as (n, length, length): entry (i, j) is buffer[i, start - i + j]."""
+    """View of (n, length, 2 length) as (n, length, length): entry (i, j) is buffer[i, start - i + j], see above."""
     n, length, width = buffer.shape
     rows = buffer.view(n, -1)[:, start : start + length * (width - 1)].view(n, length, width - 1)
     return rows[:, :, :length]
