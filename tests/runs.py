@@ -165,7 +165,7 @@ def trainer(
     )
     if method == "adalora":  # the warm-ups follow from the length of the run
         allocator: Any = chosen.state["allocator"]
-        allocator.init_warmup = allocator.final_warmup = run.total_steps() // 4
+        allocator.warmups = (run.total_steps() // 4, run.total_steps() // 4)
     quiet = [c for c in run.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
     run.callback_handler.callbacks = quiet
     return run

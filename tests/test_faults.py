@@ -145,8 +145,7 @@ def test_auto_find_batch_size_starts_over(method: str, tmp_path: Path) -> None:
         auto_find_batch_size=True,
     )
     if "allocator" in found.method_state:  # the schedule of the batch that is found
-        found.method_state["allocator"].init_warmup = straight.method_state["allocator"].init_warmup
-        found.method_state["allocator"].final_warmup = straight.method_state["allocator"].final_warmup
+        found.method_state["allocator"].warmups = straight.method_state["allocator"].warmups
     stock = found.training_step
     sizes = []
 

@@ -294,7 +294,7 @@ def test_data_parallel_counts_penalty_gates_and_importance_once(
     """nn.DataParallel around the model, as the stock Trainer puts it there for several GPUs.
 
     Replicas compute; the module itself holds the parameters that penalty, allocator, mask and optimizer see. Without a
-    GPU the wrapper has one replica, so the run equals the plain one bitwise; scripts/gpu_checks.py has more.
+    GPU the wrapper has one replica, so the run equals the plain one bitwise; tests/test_gpu.py has more.
     """
     plain = make({"method": method}, tmp_path, 1)
     plain.train()
