@@ -112,6 +112,8 @@ def disturbed(entry: str, argv: list[str], log: str, fault: str, number: int) ->
         log = f"/dev/fd/{written.stdin.fileno()}"
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
+    elif fault == "interrupt":  # what is started in a shell's background ignores Ctrl-C otherwise
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     elif fault == "clock":
         real = time.time
         time.time = lambda: real() - 3600
@@ -196,12 +198,14 @@ class Trial:
             process.join(wait)
             process.kill()
         else:
-            process = self.start("run")
+            process = self.start("run", disturbed, kind, 0)
             if kind == "kill":
                 process.join(wait)
                 process.kill()
             else:
-                self.wait_for_training(process, wait)
+                self.wait_for_training(process, 0 if kind == "worker" else wait)
+                while kind == "worker" and process.is_alive() and not children(process.pid):
+                    time.sleep(0.005)
                 targets = children(process.pid) if kind == "worker" else [process.pid]
                 number = {"term": signal.SIGTERM, "interrupt": signal.SIGINT, "worker": signal.SIGKILL}[kind]
                 for pid in targets[:1]:
@@ -236,7 +240,8 @@ class Trial:
         allowed |= {"interrupt": {0, 130}, "full disk": {0, 3}, "full at a file": {0, 2, 3}, "worker": {0, 3}}
         disturbances = self.draw.randint(1, 4)
         for _ in range(disturbances):
-            kind = self.draw.choice(KINDS)
+            workers = any(flag.startswith("--dataloader_num_workers") for flag in self.flags)
+            kind = self.draw.choice(KINDS if workers else [k for k in KINDS if k != "worker"])
             before = self.log.stat().st_size
             status = self.disturb(kind, seconds, int(count.read_text()))
             time.sleep(0.5 if kind == "full disk" else 0)  # until what the run said is in the log
