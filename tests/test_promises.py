@@ -114,6 +114,9 @@ def slow(entry: str, argv: list[str], log: str) -> None:
     """Long enough to be hit in the first steps."""
     from loralib.trainer import LoRATrainer
 
+    # A shell that starts the tests in its background lets them ignore Ctrl-C, and they hand that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     stock = LoRATrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
