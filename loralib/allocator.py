@@ -76,6 +76,7 @@ class RankAllocator:
         self._averages: tuple[list[Tensor], list[Tensor]] | None = None
         self.budget = self.total_rank
         self.threshold: Tensor | None = None  # scalar on the device; None until the first mask
+        self._kept: Tensor | None = None  # (matrices,) ranks that the last mask left, on the device
 
     @property
     def importance(self) -> list[Tensor]:
@@ -171,6 +172,7 @@ class RankAllocator:
         """Zero every E whose score is at most the `remove`-th smallest (ledger A5: ties fall together)."""
         score = self.scores()
         self.threshold = score.view(-1).kthvalue(remove).values
+        self._kept = (score > self.threshold).sum(1)
         values = torch.stack([e.detach() for e in self.E]).squeeze(2)
         values = values.masked_fill(score <= self.threshold, 0.0).unsqueeze(2)
         torch._foreach_copy_([e.detach() for e in self.E], list(values.unbind()))
@@ -180,18 +182,27 @@ class RankAllocator:
         counts = torch.stack([e.detach() for e in self.E]).count_nonzero(dim=(1, 2)).tolist()
         return dict(zip(self.names, counts, strict=True))
 
+    def kept_ranks(self) -> dict[str, int]:
+        """Singular values of each matrix that the last mask has kept; all of them before the first. Reads the device.
+
+        The optimizer moves a value that was zeroed away from 0 again at its next step, so that between two masks
+        `ranks` counts more than these, up to all of them.
+        """
+        counts = [self.r] * len(self.names) if self._kept is None else self._kept.tolist()
+        return dict(zip(self.names, counts, strict=True))
+
     def remaining_parameters(self) -> int:
-        """Elements of the triplets that are left: rank (in + out + 1) for each matrix. Reads the device."""
+        """Elements of the triplets that the last mask kept: rank (in + out + 1) for each matrix. Reads the device."""
         sizes = [a.shape[1] + b.shape[0] + 1 for a, b in zip(self.A, self.B, strict=True)]
-        return sum(rank * size for rank, size in zip(self.ranks().values(), sizes, strict=True))
+        return sum(rank * size for rank, size in zip(self.kept_ranks().values(), sizes, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Importance and its uncertainty by parameter, and the threshold; the ranks are in E itself (ledger A8)."""
+        """Importance and its uncertainty by parameter, and threshold and ranks of the last mask (ledger A8)."""
         keys = [f"{name}.lora_{kind}" for kind in "ABE" for name in self.names]
         state = {f"importance.{k}": t for k, t in zip(keys, self.importance, strict=True)}
         state |= {f"uncertainty.{k}": t for k, t in zip(keys, self.uncertainty, strict=True)}
-        if self.threshold is not None:
-            state["threshold"] = self.threshold
+        if self.threshold is not None and self._kept is not None:
+            state |= {"threshold": self.threshold, "kept": self._kept}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -211,7 +222,11 @@ class RankAllocator:
                         "resume from a checkpoint of the same run, or start over with --overwrite_output_dir."
                     )
                 tensor.copy_(found)
-        self.threshold = state["threshold"].to(self.E[0].device) if "threshold" in state else None
+        device = self.E[0].device
+        self.threshold = state["threshold"].to(device) if "threshold" in state else None
+        self._kept = state["kept"].to(device) if "kept" in state else None
+        if self.threshold is not None and self._kept is None:  # an older file; exact in the final phase
+            self._kept = (self.scores() > self.threshold).sum(1)
 
 
 def check_budget(total: int, matrices: int, target_rank: int | None, target_total_rank: int | None) -> int:

@@ -216,7 +216,8 @@ def adalora(
         values["Budget/sum_param"] = allocator.remaining_parameters()
         if allocator.threshold is not None:
             values["Budget/mask_threshold"] = allocator.threshold.item()
-        return values | {f"Ranknum/{name}": rank for name, rank in of.ranks().items()}
+        values["Budget/nonzero_rank"] = sum(of.ranks().values())
+        return values | {f"Ranknum/{name}": rank for name, rank in allocator.kept_ranks().items()}
 
     def complaint() -> str | None:
         if allocator.threshold is None or any(of.ranks().values()):

@@ -126,7 +126,7 @@ def test_the_charts_have_the_curves_that_belong_together(url: str) -> None:
     assert len(charts) == sum(len(c["chart"]) for c in layout["category"])  # no chart stands there twice
     wanted = {
         ("loss", "task loss and penalty"): {"train/task_loss", "eval/loss", "train/orth_regu_loss", "train/gate_l1"},
-        ("rank", "budget and ranks"): {"Watch/rank_total", "Budget/total_rank"},
+        ("rank", "budget and ranks"): {"Watch/rank_total", "Watch/rank_nonzero", "Budget/total_rank"},
         ("rank", "effective rank"): {"Watch/effective_rank"},
         ("evaluation", "accuracy"): {"eval/accuracy"},
         ("evaluation", "f1"): {"eval/f1"},

@@ -47,20 +47,31 @@ def test_halves_are_disjoint_complete_and_fixed_by_the_seed(rows: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short AdaLoRA run with --heldout_split on the embedded model, not pre-trained."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, not pre-trained, and 48 rows for it."""
     folder = tmp_path_factory.mktemp("watch")
     embedded = load("scripts/embedded.py")
     embedded.build_data(folder / "mrpc", train=48, validation=31, test=2)
     embedded.build_model(folder / "model", steps=0)
+    return folder
+
+
+def train(inputs: Path, out: Path, flags: str) -> Path:
+    """An AdaLoRA run from rank 4 to 2 with an evaluation after each epoch of 6 steps."""
     load("AdaLoRA/run_glue.py").main(
-        f"--model_name_or_path {folder / 'model'} --dataset_name {folder / 'mrpc'} --output_dir {folder / 'out'} "
-        "--do_train --do_eval --eval_strategy epoch --num_train_epochs 2 --per_device_train_batch_size 8 "
-        "--learning_rate 5e-2 --max_seq_length 24 --apply_lora --lora_type svd --apply_adalora --lora_r 4 "
-        "--lora_alpha 8 --target_rank 2 --init_warmup 7 --final_warmup 2 --mask_interval 1 --heldout_split 3 --use_cpu "
-        "--disable_tqdm 1 --report_to tensorboard".split()
+        f"--model_name_or_path {inputs / 'model'} --dataset_name {inputs / 'mrpc'} --output_dir {out} "
+        "--do_train --do_eval --eval_strategy epoch --per_device_train_batch_size 8 --learning_rate 5e-2 "
+        "--max_seq_length 24 --apply_lora --lora_type svd --apply_adalora --lora_r 4 --lora_alpha 8 --target_rank 2 "
+        f"--use_cpu --disable_tqdm 1 --report_to tensorboard {flags}".split()
     )
-    return folder / "out"
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path) -> Path:
+    """A short run with --heldout_split."""
+    flags = "--num_train_epochs 2 --init_warmup 7 --final_warmup 2 --mask_interval 1 --heldout_split 3"
+    return train(inputs, inputs / "out", flags)
 
 
 def test_history_has_the_ranks_and_spectrum_of_each_evaluation(finished: Path) -> None:
@@ -80,6 +91,36 @@ def test_history_has_the_ranks_and_spectrum_of_each_evaluation(finished: Path) -
         remaining += int(E.count_nonzero()) * (A.shape[1] + B.shape[0])
     assert watched[1]["effective_rank"] == pytest.approx(np.mean(effective), rel=1e-4)
     assert watched[1]["remaining"] == remaining == run["parameters"]["remaining"]
+
+
+def test_between_two_masks_the_history_has_what_the_last_mask_kept(inputs: Path, tmp_path: Path) -> None:
+    """Every value that was zeroed grows again at the next step, so that counting those other than 0 shows no budget."""
+    flags = "--num_train_epochs 4 --init_warmup 2 --final_warmup 6 --mask_interval 4 --logging_steps 6"
+    out = train(inputs, tmp_path / "out", flags)
+    run = json.loads((out / "run.json").read_text())
+    matrices = len(run["ranks"])
+    watched = [e for e in run["history"] if "rank_total" in e]
+
+    def budget(step: int) -> int:
+        """Equation 12 with t_i = 2 and t_f = 6 of T = 24 steps."""
+        return int(2 * matrices + 2 * matrices * (1 - (step - 2) / 16) ** 3) if step <= 18 else 2 * matrices
+
+    # the steps before the evaluations are 5, 11, 17 and 23; masks were made at 4, 8, 16 and 23
+    assert [(e["step"], e["rank_total"]) for e in watched] == [
+        (6, budget(4)), (12, budget(8)), (18, budget(16)), (24, 2 * matrices),
+    ]  # fmt: skip
+    assert [e["budget"] for e in watched] == [budget(5), budget(11), budget(17), 2 * matrices]
+    assert [e["rank_nonzero"] for e in watched] == [4 * matrices] * 3 + [2 * matrices]
+    assert watched[3]["remaining"] == watched[3]["remaining_nonzero"] == run["parameters"]["remaining"]
+    full = run["parameters"]["lora"] - 4 * matrices  # without the singular values themselves
+    assert [e["remaining_nonzero"] for e in watched[:3]] == [full] * 3
+    assert full > watched[0]["remaining"] > watched[1]["remaining"] > watched[2]["remaining"] > 0
+    events = EventAccumulator(str(next((out / "runs").rglob("events*")).parent)).Reload()
+    shown = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert shown["Watch/rank_total"] == [e["rank_total"] for e in watched]
+    ranks = [values for tag, values in shown.items() if tag.startswith("Ranknum/")]
+    assert np.sum(ranks, axis=0).tolist() == shown["Watch/rank_total"]
+    assert shown["Budget/nonzero_rank"] == [e["rank_nonzero"] for e in watched]
 
 
 def test_heldout_half_is_evaluated_whenever_the_other_is(finished: Path) -> None:

@@ -149,7 +149,7 @@ def layout(trainer: LoRATrainer, task: Task) -> dict[str, dict[str, list[Any]]]:
     }
     if trainer.adapter is not None:
         charts["rank"] = {
-            "budget and ranks": ["Multiline", ["Budget/total_rank$", "Watch/rank_total$"]],
+            "budget and ranks": ["Multiline", ["Budget/total_rank$", "Watch/rank_total$", "Watch/rank_nonzero$"]],
             "effective rank": ["Multiline", ["Watch/effective_rank$"]],
         }
     if trainer.method is not None and any(name.startswith("Gates/") for name in trainer.method.scalars()):

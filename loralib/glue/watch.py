@@ -72,32 +72,45 @@ class WatchCallback(TrainerCallback):
                 state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
 
     def look(self) -> dict[str, float]:
-        """Numbers of all adapted matrices together; TensorBoard also gets each matrix's and the heatmap."""
+        """Numbers of all adapted matrices together; TensorBoard also gets each matrix's and the heatmap.
+
+        rank_total and remaining: ranks and elements of the factors that the method keeps, which an allocator's last
+        mask decides; then budget is its total, and rank_nonzero and remaining_nonzero count what is not 0 just now.
+        """
         layers = dict(adapted_layers(self.trainer.model))
         if not layers:
             return {}
-        left = ranks(self.trainer.model)
+        nonzero = ranks(self.trainer.model)
+        pieces: list[Any] = [p for p in self.trainer.method_state.values() if hasattr(p, "kept_ranks")]
+        keeper = pieces[0] if pieces else None
+        kept = nonzero if keeper is None else keeper.kept_ranks()
         effective = {
             name: effective_rank(singular_values(*map(_numpy, (layer.lora_A, layer.lora_B, layer.diagonal()))))
             for name, layer in layers.items()
         }
         sizes = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
         numbers = {
-            "rank_total": sum(left.values()),
-            "remaining": sum(left[name] * sizes[name] for name in layers),
+            "rank_total": sum(kept.values()),
+            "remaining": sum(kept[name] * sizes[name] for name in layers),
             "effective_rank": float(np.mean(list(effective.values()))),
         }
+        if keeper is not None:  # between two masks more values are not 0 than the method keeps
+            numbers |= {
+                "budget": keeper.budget,
+                "rank_nonzero": sum(nonzero.values()),
+                "remaining_nonzero": sum(nonzero[name] * sizes[name] for name in layers),
+            }
         scalars = {f"Watch/{name}": value for name, value in numbers.items()}
         self.trainer.add_scalars(scalars | {f"EffectiveRank/{name}": value for name, value in effective.items()})
-        self._draw(left, max(layer.r for layer in layers.values()))
+        self._draw(kept, max(layer.r for layer in layers.values()))
         return numbers
 
-    def _draw(self, left: dict[str, int], most: int) -> None:
+    def _draw(self, kept: dict[str, int], most: int) -> None:
         writers = [c.tb_writer for c in self.trainer.callback_handler.callbacks if getattr(c, "tb_writer", None)]
         if writers:
             from loralib.report.figures import as_image, rank_heatmap
 
-            image = as_image(rank_heatmap(left, "rank left of each matrix", most))
+            image = as_image(rank_heatmap(kept, "rank left of each matrix", most))
             for writer in writers:
                 writer.add_image("Watch/ranks", image, self.trainer.state.global_step, dataformats="HWC")
 

@@ -84,8 +84,9 @@ def _draw_task(folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metr
     if all(learning.values()):
         title = f"{task}: mean over seeds, band of one standard deviation"
         folder.save(f"curves_{task}", figures.curves, learning, "epoch", title)
-    budget = {"ranks left, all matrices": lines("rank_total", 1, "step"),
-              "remaining parameters (thousands)": lines("remaining", 1e-3, "step"),
+    nonzero = {f"{name} (values other than 0)": line for name, line in lines("rank_nonzero", 1, "step").items()}
+    budget = {"ranks that are kept, all matrices": lines("rank_total", 1, "step") | nonzero,
+              "parameters that are kept (thousands)": lines("remaining", 1e-3, "step"),
               "effective rank, mean over matrices": lines("effective_rank", 1, "step")}  # fmt: skip
     if all(budget.values()):
         title = f"{task}: budget, sparsity and effective rank at each evaluation"
