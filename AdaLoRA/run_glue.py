@@ -22,13 +22,13 @@ if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py
     )
 
 from loralib.errors import InputError
+from loralib.glue.assemble import make_trainer
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, flag
 from loralib.glue.model import load_model
 from loralib.glue.parsing import command, parse
-from loralib.glue.run import load_data, make_trainer, start, train_and_report
+from loralib.glue.run import load_data, start
+from loralib.glue.train import train_and_report
 from loralib.methods import Method, adalora, full_fine_tuning, lora
-
-logger = logging.getLogger("loralib.run_glue")
 
 
 @dataclass
@@ -99,7 +99,8 @@ def choose_method(model: Any, flags: AdaLoRAArguments, do_train: bool) -> Method
         numbers = {name: getattr(flags, name) for name in names}
         return adalora(model, flags.modules, log_every=flags.tb_writter_loginterval, **numbers, **common)
     if not flags.apply_adalora and (flags.target_rank or flags.target_total_rank):
-        logger.info("apply_adalora is off: no budget is allocated, all ranks stay, whatever target_rank says")
+        sentence = "apply_adalora is off: no budget is allocated, all ranks stay, whatever target_rank says"
+        logging.getLogger("loralib.run_glue").info(sentence)
     method = lora(model, flags.modules, triplets=flags.lora_type == "svd", **common)
     return replace(method, name="adalora") if flags.apply_adalora else method  # evaluated alone, nothing is allocated
 

@@ -20,10 +20,12 @@ if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py
     )
 
 from loralib.errors import InputError
+from loralib.glue.assemble import make_trainer
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, flag
 from loralib.glue.model import load_model
 from loralib.glue.parsing import command, parse
-from loralib.glue.run import load_data, make_trainer, start, train_and_report
+from loralib.glue.run import load_data, start
+from loralib.glue.train import train_and_report
 from loralib.methods import Method, full_fine_tuning, rm_lora
 
 

@@ -15,13 +15,10 @@ with a mask in every step. One table on stdout, and with --output a JSON file.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import json
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -42,7 +39,9 @@ if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from loralib.adapt import ROLES
+from loralib.adapters.writing import write_json
 from loralib.errors import InputError
+from loralib.glue.machine import cpu_name, git_commit
 from loralib.kernels.deberta import unpad, use_fast_attention
 from loralib.kernels.low_rank import autocast_dtype, product
 from loralib.methods import Method, adalora, lora, rm_lora, sora
@@ -380,18 +379,11 @@ def model_flops(o: argparse.Namespace) -> float:
 
 def machine(o: argparse.Namespace) -> dict[str, Any]:
     """Hardware, versions, commit, date."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     facts = {
         "date": date.today().isoformat(),
-        "commit": git.stdout.strip() or None,
+        "commit": git_commit(),
         "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if o.device.type == "cuda" else None,
         "python": platform.python_version(),
@@ -551,7 +543,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         report["records"].append(record)
         if o.output:
             o.output.parent.mkdir(parents=True, exist_ok=True)
-            o.output.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(o.output, report)
         torch._dynamo.reset()
         if o.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from loralib.errors import InputError, RunError
-from loralib.glue.card import MARK, write_card
+from loralib.glue.card import MARK, card_text, write_card
 
 
 class Hub:
@@ -65,13 +65,25 @@ def call(entry_point: Any, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path)
 
 
 def test_the_card_tells_method_data_metrics_and_command(
-    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Any, tmp_path: Path, tiny_model_dir: Path, mrpc_dir: Path
 ) -> None:
     metrics = call(max_eval_samples=20)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     card = (tmp_path / "run" / "README.md").read_text()
     _, head, body = card.split("---\n", 2)
-    assert yaml.safe_load(head) == {"pipeline_tag": "text-classification", "tags": ["lora", "glue", "mrpc"]}
+    known = huggingface_hub.ModelCardData(**yaml.safe_load(head))
+    assert (known.pipeline_tag, known.tags) == ("text-classification", ["lora", "glue", "mrpc"])
+    assert known.datasets == ["nyu-mll/glue"] and known.base_model is None
+    # the index that the hub's leaderboards read, with the metrics that the run returned
+    listed = {result.metric_type: result for result in known.eval_results}
+    assert set(listed) == {"accuracy", "f1", "combined_score"} and known.model_name == "run"
+    assert all(result.metric_value == pytest.approx(metrics[f"eval_{name}"]) for name, result in listed.items())
+    same = {(r.dataset_type, r.dataset_config, r.dataset_split, r.task_type) for r in known.eval_results}
+    assert same == {("nyu-mll/glue", "mrpc", "validation", "text-classification")}
+    assert "20 of its validation rows" in listed["f1"].dataset_name
+    # of folders on this machine it has the names alone
+    assert str(tmp_path) not in card and str(mrpc_dir) not in card and str(tiny_model_dir.parent) not in card
+    assert f"--output_dir {tmp_path.name}" not in body and "--output_dir run" in body
     assert "# lora adapter for mrpc" in body and "On 20 evaluation rows" in body
     assert f"| accuracy | {metrics['eval_accuracy']:.4f} |" in body and f"| f1 | {metrics['eval_f1']:.4f} |" in body
     assert (
@@ -99,6 +111,28 @@ def test_a_model_of_the_hub_is_named_in_the_head(call: Any, tmp_path: Path) -> N
     file.write_text(json.dumps(run))
     write_card(tmp_path / "run")
     assert "\nbase_model: microsoft/deberta-v3-base\n" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_users_data_are_named_without_their_folder(call: Any, tmp_path: Path) -> None:
+    call(save_strategy="no")
+    file = tmp_path / "run" / "run.json"
+    run = json.loads(file.read_text())
+    run["arguments"] |= {"train_file": "/home/me/private/reviews.csv", "dataset_name": None}
+    run |= {
+        "task": "classification",
+        "command": ["/home/me/it/AdaLoRA/run_glue.py", "--train_file=~/private/reviews.csv"],
+    }
+    run["metrics"] |= {"eval_accuracy": 0.5, "eval_f1": float("nan")}
+    text = card_text(run, "mine")
+    assert (
+        "private" not in text
+        and "/home/me" not in text
+        and "python AdaLoRA/run_glue.py --train_file=reviews.csv" in text
+    )
+    known = huggingface_hub.ModelCardData(**yaml.safe_load(text.split("---\n")[1]))
+    (result,) = [r for r in known.eval_results if r.metric_type != "combined_score"]  # and no NaN
+    assert (result.metric_type, result.metric_value, known.datasets) == ("accuracy", 0.5, None)
+    assert result.dataset_name == "classification, read from reviews.csv (local)"
 
 
 def test_the_finished_adapter_is_sent_once_and_no_backbone_or_checkpoint(call: Any, hub: Hub, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The worked variants of docs/variant.md against PEFT's own, and through the GLUE run, the report and the exports."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -138,6 +138,21 @@ def test_a_variant_runs_on_glue(
     again = [f for f in _flags(tiny_model_dir, mrpc_dir, tmp_path / "again") if f != "--do_train"]
     evaluated = variant(name).main([*again, "--lora_path", str(tmp_path)])
     assert evaluated["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rslora", "dora_glue"])
+def test_an_entry_point_written_after_an_earlier_page_runs_unchanged(
+    variant: Callable[[str], Any], name: str, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path
+) -> None:
+    """The files as they stood at commit 409de3b, when the steps of `flow` had other names."""
+    spec = importlib.util.spec_from_file_location(f"old_{name}", ROOT / "tests" / "fixtures" / "409de3b" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    old = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = old  # dataclasses look their module up
+    spec.loader.exec_module(old)
+    before = old.main(_flags(tiny_model_dir, mrpc_dir, tmp_path / "old"))
+    now = variant(name).main(_flags(tiny_model_dir, mrpc_dir, tmp_path / "now"))
+    assert before["eval_loss"] == now["eval_loss"] and before["train_loss"] == now["train_loss"]
 
 
 @pytest.mark.parametrize("kind", ["lora", "adalora", "dora"])

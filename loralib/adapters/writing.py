@@ -1,27 +1,28 @@
-"""The writer of files: data go under another name first and are renamed when they are whole."""
+"""The one writer of files: it writes under another name, and renames the file once it is whole."""
 
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save
-from torch import Tensor
 
 from loralib.errors import InputError
+
+if TYPE_CHECKING:  # the report writes files without torch
+    from torch import Tensor
 
 FORMAT_VERSION = 1  # of an adapter's files
 
 
 def write_file(file: Path, data: bytes) -> None:
     """Write to a file beside it, wait for the disk, then rename: a reader never sees half a file, not even after a
-    power cut. The mode is the user's usual one."""
-    aside = file.with_name(f".{file.name}.tmp")
+    power cut. The file gets the user's usual mode. Two processes may write the same file; the later one wins."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as out:
             out.write(data)
@@ -30,7 +31,7 @@ def write_file(file: Path, data: bytes) -> None:
         os.replace(aside, file)
         sync_folder(file.parent)
     except OSError:
-        aside.unlink(missing_ok=True)  # of a full disk
+        aside.unlink(missing_ok=True)  # frees the space where the disk is full
         raise
 
 
@@ -46,31 +47,34 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def write_tensors(file: Path, state: Mapping[str, Tensor]) -> None:
+def write_tensors(file: Path, state: Mapping[str, "Tensor"]) -> None:
+    from safetensors.torch import save
+
     tensors = {name: t.detach().contiguous().cpu() for name, t in state.items()}
     write_file(file, save(tensors, metadata={"format": "pt", "version": str(FORMAT_VERSION)}))
 
 
-def write_json(file: Path, value: Any) -> None:
-    write_file(file, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(file: Path, value: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write a JSON value. `default` turns what JSON lacks into something that it has, as in `json.dumps`."""
+    write_file(file, (json.dumps(value, indent=2, default=default) + "\n").encode())
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raise OSError where torch, safetensors or tokenizers cannot write; each has an exception of its own for that."""
+    """Raise OSError where torch, safetensors or tokenizers cannot write: each of them raises another exception."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
         raise OSError(" ".join(str(error).split())[:200]) from error
     except Exception as error:
-        if type(error) is not Exception:  # tokenizers' is
+        if type(error) is not Exception:  # tokenizers raises this very class
             raise
         raise OSError(str(error)[:200]) from error
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder under another name, renamed to `out` when all is written, removed when something fails."""
+    """Make a folder under another name; rename it to `out` when all is written, remove it when something fails."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"the output folder {out} exists and is not empty: name another by --out, or remove it.")
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")

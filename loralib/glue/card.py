@@ -2,11 +2,17 @@
 
 import json
 import logging
+import math
+import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE
+from loralib.adapters.writing import write_file
 from loralib.errors import InputError, RunError
 from loralib.glue.record import RUN_FILE
 from loralib.glue.tasks import GLUE
@@ -15,6 +21,7 @@ from loralib.secrets import hide, remember_command
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+HUB_GLUE = "nyu-mll/glue"
 MARK = "<!-- Made from run.json; the next run in this folder replaces it. -->"
 TIMES = ("runtime", "per_second", "preparation_time", "samples")
 # What is sent, by name: an export or another run in the folder is not, and no backbone can be.
@@ -27,13 +34,14 @@ WHOLE_MODEL = ("model.safetensors", "model-*.safetensors", "model.safetensors.in
 
 
 def write_card(folder: str | Path) -> None:
-    """Write README.md beside `run.json`. One that no run wrote stays, which is said."""
+    """Write README.md beside `run.json`. A README.md that no run wrote stays, and the log says so."""
     folder = Path(folder)
     card = folder / CARD
     if card.exists() and not is_card(card):
         logger.warning("%s is not a card of this program and stays as it is; run.json holds the same facts", card)
         return
-    card.write_text(card_text(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))), encoding="utf-8")
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    write_file(card, card_text(run, folder.absolute().name).encode())
 
 
 def is_card(file: Path) -> bool:
@@ -41,24 +49,21 @@ def is_card(file: Path) -> bool:
     return file.name == CARD and file.is_file() and MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
-def card_text(run: dict[str, Any]) -> str:
-    """Markdown of the card.
+def card_text(run: dict[str, Any], name: str) -> str:
+    """Markdown of the card. Of a path on this machine it shows the last name alone.
 
     Args:
         run: contents of a `run.json`.
+        name: of the model in the card's index of results.
     """
     remember_command(run["command"])
     flags, counts, task = run["arguments"], run["parameters"], run["task"]
-    base, full = str(flags.get("model_name_or_path")), run["method"] == "full"
-    on_hub = not Path(base).expanduser().is_dir() and base.count("/") <= 1
-    tags = [*([] if full else ["lora", run["method"]]), *(["glue", task] if task in GLUE else [])]
-    kind = "model" if full else "adapter"
-    head = ["---", "pipeline_tag: text-classification", *([f"base_model: {base}"] if on_hub else [])]
-    head += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags))] if tags else []
+    full = run["method"] == "full"
+    base = str(flags.get("model_name_or_path"))
     facts = {
         "Method": run["method"],
-        "Pretrained model": base if on_hub else f"{Path(base).name} (a local folder)",
-        "Data": flags.get("dataset_name") or flags.get("train_file") or f"GLUE {task}",
+        "Pretrained model": _public(base),
+        "Data": _data(run),
         "Sequence length": flags.get("max_seq_length"),
         "Trained parameters": f"{counts['trainable']:,} (low-rank {counts['lora']:,}, head {counts['head']:,})",
     }
@@ -76,12 +81,11 @@ def card_text(run: dict[str, Any]) -> str:
         "Seed": run["seed"],
         "Hardware": ", ".join(run["hardware"]["gpus"]) or f"CPU, {run['hardware']['threads']} threads",
         "Wall time": f"{run['wall_seconds']:,.0f} s",
-        "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "Versions": ", ".join(f"{package} {version}" for package, version in run["versions"].items()),
         "Commit": run["commit"] or "not a git checkout",
     }
     which = "with the best checkpoint" if flags.get("load_best_model_at_end") else "after the last step"
-    scores = {k: v for k, v in run["metrics"].items() if k.startswith("eval_") and not any(t in k for t in TIMES)}
-    measured = [f"| {name.removeprefix('eval_')} | {value:.4f} |" for name, value in scores.items()]
+    measured = [f"| {key} | {value:.4f} |" for key, value in _scores(run).items()]
     rows = run["metrics"].get("eval_samples")
     what = (
         "A whole model, which `from_pretrained` of transformers loads as it is."
@@ -90,10 +94,11 @@ def card_text(run: dict[str, Any]) -> str:
         "this folder and keeps its own licence and limits."
     )
     lines = [
-        *head,
+        "---",
+        _head(run, name).to_yaml(),
         "---",
         MARK,
-        f"# {run['method']} {kind} for {task}",
+        f"# {run['method']} {'model' if full else 'adapter'} for {task}",
         "",
         what,
         "",
@@ -109,10 +114,10 @@ def card_text(run: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items()),
+        *(f"| {key} | {str(value).replace('|', '/')} |" for key, value in facts.items()),
         "",
         "```bash",
-        shlex.join(["python", *hide(run["command"])]),
+        shlex.join(["python", *map(_without_folders, hide(run["command"]))]),
         "```",
     ]
     if not full:
@@ -120,8 +125,8 @@ def card_text(run: dict[str, Any]) -> str:
             "",
             "## How to use it",
             "",
-            "Evaluate, predict, or train on: the command above with `--lora_path FOLDER`, with `--do_eval` or "
-            "`--do_predict` alone where nothing is to be trained. For other programs:",
+            "Evaluate, predict, or train on: the command above with `--lora_path FOLDER`. Leave out `--do_train` to "
+            "evaluate (`--do_eval`) or predict (`--do_predict`) alone. For other programs:",
             "",
             "```bash",
             "python scripts/export_adapter.py FOLDER --to peft    # a folder that PEFT loads",
@@ -129,6 +134,71 @@ def card_text(run: dict[str, Any]) -> str:
             "```",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _head(run: dict[str, Any], name: str) -> ModelCardData:
+    """What the hub reads of a card: tags, base model, data, and an index of the results."""
+    flags, task = run["arguments"], run["task"]
+    tags = [*([] if run["method"] == "full" else ["lora", run["method"]]), *(["glue", task] if task in GLUE else [])]
+    base, data = str(flags.get("model_name_or_path")), flags.get("dataset_name")
+    official = task in GLUE and not flags.get("train_file")
+    known: dict[str, Any] = {"base_model": base} if _on_hub(base) else {}
+    if official or (data and _on_hub(data)):
+        known["datasets"] = [HUB_GLUE if official else data]
+    results = []
+    for key, value in _scores(run).items():
+        metric, mismatched = key.removesuffix("_mm"), key.endswith("_mm") and task == "mnli"
+        split = flags.get("validation_split") or "validation"
+        if official:
+            split = {"mnli": f"validation_{'mis' if mismatched else ''}matched", "ax": "test"}.get(task, "validation")
+        if metric == "loss" or not math.isfinite(value):
+            continue
+        results.append(EvalResult(
+            "text-classification", known.get("datasets", [_data(run)])[0], _data(run, "_mm" if mismatched else ""),
+            metric, round(value, 6), dataset_config=task if official else flags.get("dataset_config_name"),
+            dataset_split=split,
+        ))  # fmt: skip
+    index: dict[str, Any] = {"model_name": name, "eval_results": results} if results else {}
+    return ModelCardData(pipeline_tag="text-classification", tags=list(dict.fromkeys(tags)) or None, **known, **index)
+
+
+def _scores(run: dict[str, Any]) -> dict[str, float]:
+    """The evaluation's metrics without `eval_`, and without times and numbers of rows."""
+    found = {k: v for k, v in run["metrics"].items() if k.startswith("eval_") and not any(t in k for t in TIMES)}
+    return {k.removeprefix("eval_"): v for k, v in found.items() if isinstance(v, int | float)}
+
+
+def _data(run: dict[str, Any], suffix: str | None = None) -> str:
+    """Name of the data. With `suffix`, that of their evaluation, it also says where only some rows were evaluated."""
+    flags, task = run["arguments"], run["task"]
+    given = flags.get("train_file") or flags.get("dataset_name") or flags.get("validation_file")
+    name = f"GLUE {task}" if task in GLUE and not flags.get("train_file") else task
+    if given and not _on_hub(given):
+        name = f"{name}, read from {_public(given)}"
+    elif given and task not in GLUE:
+        name = given
+    if suffix is None or (flags.get("heldout_split") is None and flags.get("max_eval_samples") is None):
+        return name
+    return f"{name}, {run['metrics'].get(f'eval_samples{suffix}')} of its validation rows"
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name can only be one of the hub: it has the hub's form, and nothing here is called so."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(os.path.expanduser(name))
+
+
+def _public(name: str) -> str:
+    """A name of the hub as it is; of a path the last part."""
+    return name if _on_hub(name) else f"{Path(name).name} (local)"
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command; of a path that leads out of the working folder the last part, of a program the last two."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if not (path.is_absolute() or value.startswith("~") or ".." in path.parts):
+        return word
+    return flag + equals + "/".join(path.parts[-2:] if path.suffix == ".py" else path.parts[-1:])
 
 
 # ---- hub ----

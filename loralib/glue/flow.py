@@ -1,15 +1,21 @@
-"""The steps of an entry point under one name: where each lives is seen from the imports."""
+"""The steps of an entry point under one name; the imports show where each of them lives.
 
+The three names at the end are those that entry points written after earlier versions of docs/variant.md call.
+"""
+
+from loralib.glue.assemble import clear_and_log, effective_batch, make_trainer, trainer_arguments
 from loralib.glue.folder import RUN_NAMES, clear_output_dir, prepare_output_dir
 from loralib.glue.model import adapter_config, load_lora_path, load_model
 from loralib.glue.record import flags_of, write_run
-from loralib.glue.run import Run, announce, effective_batch, finish, load_data, start, trainer_parts
+from loralib.glue.run import Run, load_data, start
+from loralib.glue.train import train_and_report
 
 __all__ = [
     "RUN_NAMES",
     "Run",
     "adapter_config",
     "announce",
+    "clear_and_log",
     "clear_output_dir",
     "effective_batch",
     "finish",
@@ -17,8 +23,13 @@ __all__ = [
     "load_data",
     "load_lora_path",
     "load_model",
+    "make_trainer",
     "prepare_output_dir",
     "start",
+    "train_and_report",
+    "trainer_arguments",
     "trainer_parts",
     "write_run",
 ]
+
+announce, finish, trainer_parts = clear_and_log, train_and_report, trainer_arguments

@@ -28,7 +28,8 @@ RUN_NAMES = re.compile(
     r"trainer_state\.json|training_args\.bin|adapter\.(safetensors|json)|model\.safetensors|config\.json|"
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|spm\.model|sentencepiece\.bpe\.model|"
     r"vocab\.(txt|json)|merges\.txt|glue_submission|"
-    r"\.checkpoint-\d+\.removed|\.unfinished|\.(run\.json|adapter\.(safetensors|json))\.tmp|run\.json\.tmp"
+    r"\.checkpoint-\d+\.removed|\.unfinished|run\.json\.tmp|"
+    r"\.(run\.json|adapter\.(safetensors|json)|README\.md|predict_results_[\w-]+\.txt)(\.\d+)?\.tmp"
 )
 UNFINISHED = ".unfinished"  # stands in a folder from the beginning of a training to its record
 # What may stand in a folder before its first checkpoint: half a checkpoint, or half of one that was being removed, and

@@ -4,6 +4,7 @@ import platform
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,22 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The devices that a process sees, CPU and threads."""
+    """The devices that a process sees: names of the GPUs and of the CPU, and the number of threads."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"gpus": gpus, "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return {"gpus": gpus, "cpu": cpu_name(), "threads": torch.get_num_threads()}
+
+
+def cpu_name() -> str:
+    """The model of the CPU where the system tells it, otherwise its architecture."""
+    names: list[str] = []
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def forget_peak_memory() -> None:
-    """Let `peak_memory` count from here on, on the GPUs; a process's own peak is that of its whole life."""
+    """Let `peak_memory` count from here on. This works for GPUs; on a CPU the peak is that of the whole process."""
     for i in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(i)
 
@@ -37,7 +47,7 @@ def forget_peak_memory() -> None:
 def peak_memory(device: torch.device) -> dict[str, Any]:
     """The most memory that was in use, in MB of 10^6 bytes, and what was measured.
 
-    On GPUs the tensors of this process, on its fullest GPU; on a CPU all that the process has held so far.
+    With GPUs this counts the tensors of this process on its fullest GPU, on a CPU everything that the process has held.
     """
     if device.type == "cuda":
         used = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))

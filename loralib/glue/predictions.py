@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from loralib.adapters.writing import write_file
 from loralib.errors import InputError
 from loralib.glue.tasks import GLUE, Task, glue_ids
 
@@ -23,7 +24,7 @@ def write_predictions(
     task: Task,
     scores: np.ndarray | None = None,
 ) -> Path:
-    """Write predict_results_<split_name>.txt: a row's position and its label's name or number, and its scores if given.
+    """Write predict_results_<split_name>.txt: the position of each row, its label's name or number, and its scores.
 
     The columns are separated by tabs and quoted as the csv module does by default: a cell with a tab, a line end or a
     quote mark stands in quotes, and quote marks in it are doubled. A number has the fewest digits that give the
@@ -41,7 +42,7 @@ def write_predictions(
         header += ["score"] if task.label_names is None else [f"probability_{name}" for name in task.label_names]
         table = [[*cells, *map(_number, row)] for cells, row in zip(table, scores, strict=True)]
     text = io.StringIO()
-    # Python 3.11 and 3.12 write a lone carriage return without quotes, and every reader would end the row there
+    # Python 3.11 and 3.12 write a lone carriage return without quotes, and readers would end the row there
     returns = any("\r" in cell for row in (header, *table) for cell in row)
     writer = csv.writer(text, "excel-tab", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL, lineterminator="\n")
     writer.writerows([header, *table])
@@ -98,18 +99,15 @@ def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np
     parts = [Path(folder) / name for other in GLUE.values() for name, _ in other.submission.values()]
     if all(part.is_file() for part in parts):
         archive = Path(folder) / "submission.zip"
-        temporary = archive.with_name(f"{archive.name}.{os.getpid()}.tmp")
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
             for part in parts:
                 file.write(part, part.name)  # flat: the server looks for the files at the top
-        temporary.replace(archive)
+        write_file(archive, content.getvalue())
     return path
 
 
 def _write(path: Path, text: str) -> Path:
-    """A file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    write_file(path, text.encode())
     return path

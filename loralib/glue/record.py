@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from loralib.adapt import parameters
-from loralib.adapters.writing import write_file
+from loralib.adapters.writing import write_json
 from loralib.glue.machine import git_commit, hardware, versions
 from loralib.secrets import hide, is_secret
 from loralib.training.trainer import LoRATrainer
@@ -27,28 +27,28 @@ RUN_VERSION = 1
 
 
 def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: str, metrics: dict[str, Any]) -> None:
-    """Write `run.json` (see the report for what reads it). An evaluation alone replaces no record of a training."""
-    args = run.training
-    if not args.do_train and _has_trained(Path(args.output_dir) / RUN_FILE):
+    """Write `run.json`, which the report reads. An evaluation alone does not replace the record of a training."""
+    training = run.training
+    if not training.do_train and _has_trained(Path(training.output_dir) / RUN_FILE):
         logger.info("%s stays the record of the training; what was computed now is beside it", RUN_FILE)
         return
     summary = {
         k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()
     }
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     record = {
         "version": RUN_VERSION,
         "status": status,
         "method": method,
         "task": task,
-        "seed": args.seed,
+        "seed": training.seed,
         "command": run.command,
         "arguments": {k: v for part in run.arguments for k, v in flags_of(part).items()},
         "commit": git_commit(),
         "versions": versions(),
         "hardware": hardware(),
-        "world_size": args.world_size,
-        "effective_batch": trainer.get_total_train_batch_size(args),
+        "world_size": training.world_size,
+        "effective_batch": trainer.get_total_train_batch_size(training),
         "steps": trainer.state.global_step,
         "parameters": parameters(trainer.model),
         "metrics": metrics,
@@ -57,7 +57,7 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         **run.facts,
         **summary,
     }
-    write_json(Path(args.output_dir) / RUN_FILE, hide(run.complete(record)))
+    write_json(Path(training.output_dir) / RUN_FILE, hide(run.complete(record)), default=str)
 
 
 def _has_trained(file: Path) -> bool:
@@ -68,14 +68,9 @@ def _has_trained(file: Path) -> bool:
 
 
 def flags_of(part: Any) -> dict[str, Any]:
-    """The flags of one argument dataclass, access tokens left out."""
+    """The flags of one argument dataclass, without access tokens."""
     if isinstance(part, transformers.TrainingArguments):
         values = part.to_dict()
     else:
         values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
     return {k: v for k, v in values.items() if not is_secret(k)}
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write aside, wait for the disk, then rename: a reader never sees half a file."""
-    write_file(Path(path), (json.dumps(value, indent=2, default=str) + "\n").encode())

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralib.adapters.own import load_adapter
 from loralib.adapters.reading import ADAPTER_FILE
+from loralib.glue.assemble import begin_method, load_starting_adapter, trainer_arguments, trainer_with
 from loralib.glue.data import GlueData
 from loralib.glue.folder import clear_output_dir, record_of, reserve, whole_checkpoint
 from loralib.glue.record import RUN_FILE, flags_of
-from loralib.glue.run import Run, describe, load_start, train_and_report, trainer_of, trainer_parts
+from loralib.glue.run import Run
+from loralib.glue.train import train_and_report
 from loralib.methods import Method
 from loralib.training.lock import unlock
 from loralib.training.settings import check_settings
@@ -49,21 +51,21 @@ def train_in_stages(
     Returns:
         The final metrics of the last stage.
     """
-    load_start(run, model)
-    parts = trainer_parts(run, data, tokenizer, run.arguments[1], model)
+    load_starting_adapter(run, model)
+    arguments = trainer_arguments(run, data, tokenizer, run.data_args, model)
     *earlier, last = methods
     if earlier:
         logger.info("%s", lengths(run.training, len(methods), epochs))
     for number, method in enumerate(earlier):
         stage = start_stage(run, number, run.training.num_train_epochs if number == 0 else epochs)
-        trainer = trainer_of(stage, method, parts | {"args": stage.training}, data.task)
+        trainer = trainer_with(stage, method, arguments | {"args": stage.training}, data.task)
         if not take_finished_stage(stage, trainer):
-            describe(stage, trainer, method, f"{method.name}, stage {number} of {len(methods)}")
+            begin_method(stage, trainer, method, f"{method.name}, stage {number} of {len(methods)}")
             train_and_report(stage, trainer, data)
     if earlier:
         run = last_stage(run, len(earlier), epochs, tuple(last.facts()))
-    trainer = trainer_of(run, last, parts | {"args": run.training}, data.task)
-    describe(run, trainer, last)
+    trainer = trainer_with(run, last, arguments | {"args": run.training}, data.task)
+    begin_method(run, trainer, last)
     metrics = train_and_report(run, trainer, data)
     if earlier:
         show_stages(run)

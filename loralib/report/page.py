@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from loralib.adapters.writing import write_file
 from loralib.errors import InputError
 from loralib.report.drawing import draw
 from loralib.report.runs import brief, frame, read
@@ -80,7 +81,7 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None)
     parts += problems
     if made:
         parts += ["## Figures", "\n\n".join(f"![{name}]({name})" for name in made)]
-    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="replace")
+    write_file(out / "report.md", ("\n\n".join(parts) + "\n").encode(errors="replace"))
     write_csv(runs, others, selection, root, out)
     return out / "report.md"
 

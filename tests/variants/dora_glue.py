@@ -28,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         flow.load_lora_path(model, lora.lora_path)
     adapter = flow.adapter_config("dora", lora, model_args, data.task, layer="dora")
     change = LengthChange(model)
-    parts = flow.trainer_parts(run, data, tokenizer, data_args, model)
+    parts = flow.trainer_arguments(run, data, tokenizer, data_args, model)
     trainer = LoRATrainer(penalty=change, penalty_coef=lora.length_coef, adapter=adapter, **parts)
     trainer.add_callback(change)
-    flow.announce(run, trainer, "dora", adapted)
-    return flow.finish(run, trainer, data, "dora")
+    flow.clear_and_log(run, trainer, "dora", adapted)
+    return flow.train_and_report(run, trainer, data, "dora")
 
 
 if __name__ == "__main__":

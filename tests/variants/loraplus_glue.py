@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if lora.lora_path:
         flow.load_lora_path(model, lora.lora_path)
     adapter = flow.adapter_config("loraplus", lora, model_args, data.task, layer="frd")
-    parts = flow.trainer_parts(run, data, tokenizer, data_args, model)
+    parts = flow.trainer_arguments(run, data, tokenizer, data_args, model)
     trainer = LoRATrainer(make_optimizer=partial(two_rates, lora.rate_ratio), adapter=adapter, **parts)
-    flow.announce(run, trainer, "loraplus", adapted)
-    return flow.finish(run, trainer, data, "loraplus")
+    flow.clear_and_log(run, trainer, "loraplus", adapted)
+    return flow.train_and_report(run, trainer, data, "loraplus")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import eye
 
 from loralib.adapt import backbone_of, is_head, match_modules, parameters
 from loralib.allocator import check_schedule
-from loralib.glue import arguments, flow, run
+from loralib.glue import arguments, flow
 from loralib.methods import Method
 
 
@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     classes = (arguments.ModelArguments, arguments.DataArguments, PeftArguments, arguments.GlueTrainingArguments)
     model_args, data_args, flags, training = arguments.parse(classes, argv, __doc__)
     training.save_strategy = "no" if flags.peft == "adalora" else training.save_strategy  # its importance is not saved
-    this = flow.start(training, model_args, data_args, flags, argv)
+    run = flow.start(training, model_args, data_args, flags, argv)
     data = flow.load_data(training, model_args, data_args)
     model, tokenizer = flow.load_model(model_args, data.task)
-    return run.train_and_report(this, run.make_trainer(this, put_in(model, flags), model, tokenizer, data), data)
+    return flow.train_and_report(run, flow.make_trainer(run, put_in(model, flags), model, tokenizer, data), data)
 
 
 if __name__ == "__main__":

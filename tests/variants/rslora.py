@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     adapter = flow.adapter_config(method, lora, model_args, data.task, layer=method) if lora.apply_lora else None
     if lora.lora_path:
         flow.load_lora_path(model, lora.lora_path)
-    trainer = LoRATrainer(adapter=adapter, **flow.trainer_parts(run, data, tokenizer, data_args, model))
-    flow.announce(run, trainer, method, adapted)
-    return flow.finish(run, trainer, data, method)
+    trainer = LoRATrainer(adapter=adapter, **flow.trainer_arguments(run, data, tokenizer, data_args, model))
+    flow.clear_and_log(run, trainer, method, adapted)
+    return flow.train_and_report(run, trainer, data, method)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def _numpy(value: Tensor | None) -> Any:
     return None if value is None else value.detach().float().cpu().numpy()
 
 
-class WatchCallback(TrainerCallback):
+class EvaluationCallback(TrainerCallback):
     """At each evaluation: ranks, remaining parameters and effective rank, in the run's history and in TensorBoard.
 
     Args:

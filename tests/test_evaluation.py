@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from loralib.adapters.reading import read_state
 from loralib.glue.data import GlueData
+from loralib.glue.evaluation import HELDOUT, split_heldout
 from loralib.glue.tasks import GLUE
-from loralib.glue.watch import HELDOUT, split_heldout
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,0 +1,133 @@
+"""What a run does with its trainer: train, evaluate, predict, and write the results."""
+
+import logging
+from contextlib import suppress
+from typing import Any
+
+from loralib.errors import RunError, path_of
+from loralib.glue import card
+from loralib.glue.board import BoardCallback
+from loralib.glue.data import GlueData
+from loralib.glue.evaluation import HELDOUT, EvaluationCallback
+from loralib.glue.folder import is_within, mark_finished, mark_unfinished
+from loralib.glue.machine import forget_peak_memory, peak_memory
+from loralib.glue.metrics import to_labels, to_scores
+from loralib.glue.predictions import has_labels, write_predictions, write_submission
+from loralib.glue.record import write_run
+from loralib.glue.run import Run
+from loralib.glue.stopping import early_stopping
+from loralib.training.guards import worker_deaths, writing_threads
+from loralib.training.lock import unlock
+from loralib.training.manifest import the_same_command
+from loralib.training.trainer import LoRATrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str | None = None) -> dict[str, Any]:
+    """Train, evaluate and predict as the flags say, then write `run.json` and the model card.
+
+    Args:
+        method: short name of the method for the report; by default that of the trainer's `Method`. Callbacks with a
+            `summary()` add the method's own facts.
+
+    Returns:
+        The final metrics.
+
+    Raises:
+        RunError: the run could not go on; `run.json` says why.
+    """
+    if method is None:
+        assert trainer.method is not None
+        method = trainer.method.name
+    metrics: dict[str, Any] = {}
+    try:
+        if run.training.do_train:
+            mark_unfinished(run.training)
+        with worker_deaths(run.training.output_dir), writing_threads():
+            _train_and_evaluate(run, trainer, data, metrics)
+        if run.training.should_save:
+            write_run(run, trainer, method, data.task.name, "finished", metrics)
+            if run.training.do_train:
+                mark_finished(run.training)
+                card.write_card(run.training.output_dir)
+        _close_board(trainer, metrics)
+    except RunError as error:
+        if run.training.should_save:
+            with suppress(OSError):  # the disk may be full
+                write_run(run, trainer, method, data.task.name, error.status, metrics)
+                _close_board(trainer, metrics, succeeded=False)
+        raise
+    except OSError as error:
+        path, output_dir = path_of(error), run.training.output_dir
+        if path is None or is_within(path, output_dir):
+            blamed = f"output_dir {output_dir} could not be written to ({error}): see to its disk"
+        else:
+            blamed = f"{path} could not be used ({error.strerror}): see to it"
+        raise RunError(f"{blamed}, and {the_same_command(output_dir)}.") from error
+    finally:
+        unlock(run.training.output_dir)
+    if run.training.push_to_hub:
+        card.push(trainer)
+    return metrics
+
+
+def _close_board(trainer: LoRATrainer, metrics: dict[str, Any], succeeded: bool = True) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, BoardCallback):
+            callback.finish(metrics, succeeded)
+
+
+def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics: dict[str, Any]) -> None:
+    training = run.training
+    trainer.add_callback(EvaluationCallback(trainer, data.evals.get(HELDOUT)))
+    if (stopping := early_stopping(trainer)) is not None:
+        trainer.add_callback(stopping)
+    if training.do_train:
+        trainer.add_callback(BoardCallback(trainer, run.arguments, data.task, run.started))
+        forget_peak_memory()
+        result = trainer.train(resume_from_checkpoint=run.checkpoint)
+        run.facts["peak_memory"] = peak_memory(training.device)
+        trainer.save_model(_internal_call=True)  # any other call would send the folder to the hub now
+        trainer.save_state()
+        train_metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
+        trainer.log_metrics("train", train_metrics)
+        trainer.save_metrics("train", train_metrics)
+        metrics |= train_metrics
+    if training.do_eval:
+        evaluation: dict[str, Any] = {}
+        for name, split in data.evals.items():
+            if name == HELDOUT:  # the callback has evaluated it beside the other half
+                continue
+            values = trainer.evaluate(split) | {"eval_samples": len(split)}
+            trainer.log_metrics("eval", values)
+            evaluation |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values
+        trainer.save_metrics("eval", evaluation)
+        rate = evaluation.get("eval_samples_per_second")
+        run.facts |= {} if rate is None else {"evaluation_rows_per_second": rate}
+        metrics |= evaluation
+    if training.do_predict:
+        metrics |= _predict(run, trainer, data)
+
+
+def _predict(run: Run, trainer: LoRATrainer, data: GlueData) -> dict[str, float]:
+    """Write the predictions of each test split, and compute its metrics where it has usable labels."""
+    found: dict[str, float] = {}
+    for name, split in data.tests.items():
+        labelled = has_labels(split)
+        if labelled:
+            logger.info("%s, test: all %d rows have a label, so predict_* metrics are computed", name, len(split))
+        else:
+            logger.info("%s, test: without labels that can be used, %d rows are predicted alone", name, len(split))
+        output = trainer.predict(split if labelled else split.remove_columns("label"), metric_key_prefix="predict")
+        values = {**(output.metrics or {}), "predict_samples": len(split)}
+        trainer.log_metrics("predict", values)
+        found |= {f"{k}_mm": v for k, v in values.items()} if name == "mnli-mm" else values
+        labels = to_labels(output.predictions, data.task)
+        if run.training.should_save:
+            scores = to_scores(output.predictions, data.task) if run.data_args.predict_scores else None
+            write_predictions(run.training.output_dir, name, labels, data.task, scores)
+            if run.submission is not None:
+                write_submission(run.submission, name, labels, data.task)
+    trainer.save_metrics("predict", found)
+    return found
