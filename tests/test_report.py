@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from loralib.report import comparison, figures, page, tuning
+from loralib.report.runs import Run
 from loralib.report.spectrum import adapter_spectra, effective_rank, singular_values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,6 +220,67 @@ def test_selection_last_best_and_heldout(tmp_path: Path) -> None:
         assert f"| lora | {expected} (n=1) |" in text and f"Selection: **{selection}**" in text
     make_run(tmp_path / "b", "lora", seed=2, history=[])
     assert "1 runs hold nothing for this selection" in text_of(tmp_path, "--selection", "heldout")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_each_evaluation_stands_beside_the_parameters_that_remained_then(tmp_path: Path) -> None:
+    """SoRA prunes more and more: the best evaluation, the third of four, has not the parameters of the end."""
+    run = make_run(tmp_path / "a", "sora", accuracies=[0.5, 0.6, 0.9, 0.7])
+    left = [7000, 6000, 5000, 4000]
+    for entry in run["history"]:
+        if "remaining" in entry:
+            entry["remaining"] = left[entry["step"] // 78 - 1]
+    run["parameters"]["remaining"] = 4000
+    (tmp_path / "a" / "run.json").write_text(json.dumps(run))
+    for selection, remaining in (("last", 4000), ("best", 5000), ("heldout", 5000)):
+        text = text_of(tmp_path, "--selection", selection)
+        assert re.search(rf"\| rte, sora \| 1 \| [\d,]+ \| {remaining:,} \|", text)
+        with open(tmp_path / "report.csv") as file:
+            assert [line["remaining"] for line in csv.DictReader(file)] == [f"{remaining}"]
+
+
+def allocated(folder: Path, accuracies: list[float], nonzero: list[int], **changes: Any) -> dict[str, Any]:
+    """An AdaLoRA run of target 24 with the singular values other than 0 at each evaluation."""
+    run = make_run(folder, "adalora", accuracies=accuracies)
+    for entry in run["history"]:
+        if "rank_total" in entry:
+            ranks = nonzero[entry["step"] // 78 - 1]
+            entry |= {"rank_total": min(ranks, 30), "budget": min(ranks, 30), "rank_nonzero": ranks,
+                      "remaining": 1, "remaining_nonzero": 64 * ranks}  # fmt: skip
+    run |= {"target_total_rank": 24, "total_rank": nonzero[-1]} | changes
+    (folder / "run.json").write_text(json.dumps(run))
+    return run
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_adalora_is_judged_at_its_target_budget(tmp_path: Path) -> None:
+    """The evaluation with the best score of all has 96 ranks; those of the final phase have 24."""
+    allocated(tmp_path / "a", [0.9, 0.8, 0.6, 0.5], [96, 96, 24, 24])
+    for selection, score in (("best", "60.00"), ("heldout", "70.00")):
+        text = text_of(tmp_path, "--selection", selection)
+        assert f"| adalora | {score} (n=1) |" in text and "at the target budget alone" in text
+        assert f"| {64 * 24:,} |" in text and "over budget" not in text
+    assert "at the target budget alone" not in text_of(tmp_path)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_adalora_without_an_evaluation_at_its_target_is_over_budget(tmp_path: Path) -> None:
+    allocated(tmp_path / "a", [0.9, 0.8], [96, 90])
+    said = "rte, adalora, seed 1: {} singular values, target 24"
+    text = text_of(tmp_path, "--selection", "best")
+    assert said.format(96) in text and "no evaluation is at the target" in text and "| adalora | 90.00 (n=1) |" in text
+    assert f"| {64 * 96:,} |" in text
+    text = text_of(tmp_path)
+    assert "1 run(s) is over budget**: " + said.format(90) in text
+
+
+def test_a_record_without_the_target_has_it_from_its_flags(tmp_path: Path) -> None:
+    run = allocated(tmp_path / "a", [0.9, 0.6, 0.5], [96, 24, 24])
+    matrices = len(run["parameters"]["modules"])
+    del run["target_total_rank"], run["total_rank"]
+    for flags, best in (({"target_rank": 24 / matrices}, 0.6), ({"target_total_rank": 30}, 0.6), ({}, 0.9)):
+        arguments = run["arguments"] | {"apply_adalora": True} | flags
+        assert Run(tmp_path, run | {"arguments": arguments}).chosen("best")["accuracy"] == best
 
 
 @pytest.mark.usefixtures("no_figures")

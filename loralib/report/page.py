@@ -26,10 +26,10 @@ from loralib.report.tuning import chosen_table, expected_table, final_runs, read
 
 SELECTIONS = {
     "last": "the end of each run (where a run was told to load its best checkpoint, that one), validation split",
-    "best": "the evaluation with the best score of each run, chosen and reported on the same validation rows: biased "
-    "upwards",
-    "heldout": "the evaluation that is best on one half of the validation rows, reported on the other half "
-    "(--heldout_split)",
+    "best": "the evaluation with the best score of each run, with the parameters that remained then; chosen and "
+    "reported on the same validation rows: biased upwards",
+    "heldout": "the evaluation that is best on one half of the validation rows, with the parameters that remained then, "
+    "reported on the other half (--heldout_split)",
 }
 Others = Sequence[tuple[Path, str]]
 
@@ -108,6 +108,7 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     if lacking:
         flag = "--heldout_split SEED" if selection == "heldout" else "--eval_strategy epoch"
         parts.append(f"{lacking} runs hold nothing for this selection (run them with {flag}).")
+    parts += _over_budget(runs, selection)
     differences = difference_table(runs)
     if differences:
         text = (
@@ -115,6 +116,21 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
             "t distribution. p (Holm) is that of the paired t test, corrected for the number of comparisons here."
         )
         parts += ["## Difference to LoRA", text, differences]
+    return parts
+
+
+def _over_budget(runs: pd.DataFrame, selection: str) -> list[str]:
+    """AdaLoRA's runs: that the choice is made at the target budget, and where that could not be."""
+    allocated = [run for run in runs["run"] if run.target is not None]
+    over = [(run, found) for run in allocated if (found := run.over_budget(selection)) is not None]
+    lines = [f"{run.task}, {run.name}, seed {run.seed}: {ranks} singular values, target {target}"
+             for run, (ranks, target) in over]  # fmt: skip
+    parts = []
+    if allocated and selection != "last":
+        parts.append("Of AdaLoRA's runs, evaluations at the target budget alone are chosen among, where there are any.")
+    if lines:
+        why = "is over budget" if selection == "last" else "is over budget, since no evaluation is at the target"
+        parts.append(f"**What is reported of {len(lines)} run(s) {why}**: {escape('; '.join(lines))}.")
     return parts
 
 
@@ -140,7 +156,8 @@ def _tuned(tuning: Mapping[str, Any] | None, trials: int) -> list[str]:
 
 def _costs(runs: pd.DataFrame) -> list[str]:
     text = (
-        "trainable: low-rank factors and head; remaining: what is left of the factors after pruning, head not counted; "
+        "trainable: low-rank factors and head; remaining: what is left of the factors after pruning in the model that "
+        "is reported, head not counted; "
         "seconds: wall time of the last process of a run."
     )
     parts = ["## Cost", text, cost_table(runs)]

@@ -38,7 +38,13 @@ RESULTS: Any = {
     "method": "",
     "task": "",
     "seed": 0,
-    "arguments": {"seed": 0, "reg_orth_coef": 0.0, "lora_r": None},
+    "arguments": {
+        "seed": 0,
+        "reg_orth_coef": 0.0,
+        "lora_r": None,
+        "target_rank": None,
+        "target_total_rank": None,
+    },
     "effective_batch": 0,
     "steps": 0,
     "parameters": {"trainable": 0, "lora": 0, "remaining": 0, "modules": {"*": {"rank": 0}}},
@@ -47,6 +53,8 @@ RESULTS: Any = {
     "wall_seconds": 0.0,
     "lambda": 0.0,
     "remaining": 0,
+    "total_rank": None,
+    "target_total_rank": None,
     "stages": [{"lambda": 0.0, "remaining": 0, "steps": 0, "metrics": {"*": 0.0}}],
 }
 
@@ -120,16 +128,59 @@ class Run:
             epoch += max((e.get("epoch") or 0 for e in record.get("history", [])), default=0)
         return found
 
+    def evaluation(self, selection: str) -> dict[str, Any] | None:
+        """The evaluation that `selection` (best or heldout) chooses; None where the run has none.
+
+        AdaLoRA's evaluations at the target budget are chosen among, where there are any: before its final phase a model
+        has more parameters than the run is to end with.
+        """
+        if not self.metrics:
+            return None
+        key, prefix = f"eval_{self.metrics[0]}", "heldout_" if selection == "heldout" else "eval_"
+        scored = [e for e in self.evaluations if key in e and f"{prefix}{self.metrics[0]}" in e]
+        scored = [e for e in scored if self._at_target(e)] or scored
+        sign = -1 if self.metrics[0] in SMALLER_IS_BETTER else 1
+        return max(scored, key=lambda e: sign * e[key], default=None)
+
     def chosen(self, selection: str) -> dict[str, float]:
         """Metrics by name that `selection` reports; empty where the run does not have them."""
         if selection == "last" or not self.metrics:
             return named(self.data.get("metrics", {}), "eval_")
-        key, prefix = f"eval_{self.metrics[0]}", "heldout_" if selection == "heldout" else "eval_"
-        scored = [e for e in self.evaluations if key in e and f"{prefix}{self.metrics[0]}" in e]
-        if not scored:
-            return {}
-        sign = -1 if self.metrics[0] in SMALLER_IS_BETTER else 1
-        return named(max(scored, key=lambda e: sign * e[key]), prefix)
+        return named(self.evaluation(selection) or {}, "heldout_" if selection == "heldout" else "eval_")
+
+    def remaining(self, selection: str) -> int | None:
+        """Elements of the low-rank factors that are left in the model that `selection` reports; None: not known, or
+        full fine-tuning."""
+        counts = self.data.get("parameters") or {}
+        if not counts.get("lora"):
+            return None
+        if selection == "last":
+            return counts.get("remaining")
+        evaluation = self.evaluation(selection) or {}
+        return evaluation.get("remaining_nonzero", evaluation.get("remaining"))
+
+    def over_budget(self, selection: str) -> tuple[int, int] | None:
+        """Singular values of the model that `selection` reports, and the target, where there are more than that."""
+        target, ranks = self.target, self.data.get("total_rank", sum(self.ranks.values()))
+        if selection != "last":
+            ranks = _nonzero(self.evaluation(selection) or {})
+        return (ranks, target) if target is not None and ranks is not None and ranks > target else None
+
+    @property
+    def target(self) -> int | None:
+        """Singular values that AdaLoRA is to end with, over all matrices; None for other methods."""
+        if "target_total_rank" in self.data or not self.arguments.get("apply_adalora"):
+            return self.data.get("target_total_rank")
+        total, mean = (self.arguments.get(name) for name in ("target_total_rank", "target_rank"))
+        return total or (mean * len(self.ranks) if mean and self.ranks else None)  # a record that lacks it
+
+    def _at_target(self, evaluation: Mapping[str, Any]) -> bool:
+        """Whether an evaluation has the ranks that an allocator is to end with; True where the method has none."""
+        target, ranks = self.target, _nonzero(evaluation)
+        if target is None:
+            return True
+        begun = evaluation["step"] > 0 and evaluation.get("budget", target) <= target  # all of E is 0 before step 1
+        return begun and ranks is not None and ranks <= target
 
     @property
     def steps(self) -> int:
@@ -141,12 +192,6 @@ class Run:
         return (self.data.get("parameters") or {}).get("trainable")
 
     @property
-    def remaining(self) -> int | None:
-        """Elements of the low-rank factors that are left; None for full fine-tuning."""
-        counts = self.data.get("parameters") or {}
-        return counts.get("remaining") if counts.get("lora") else None
-
-    @property
     def ranks(self) -> dict[str, float]:
         modules = (self.data.get("parameters") or {}).get("modules") or {}
         return {name: entry["rank"] for name, entry in modules.items() if "rank" in entry}
@@ -155,6 +200,11 @@ class Run:
 def named(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """The numbers whose names begin with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix) and isinstance(v, int | float)}
+
+
+def _nonzero(evaluation: Mapping[str, Any]) -> int | None:
+    """Singular values or gates other than 0 at an evaluation; older records have them as rank_total."""
+    return evaluation.get("rank_nonzero", evaluation.get("rank_total"))
 
 
 # ---- reading ----
@@ -321,7 +371,7 @@ def frame(runs: Iterable[Run], selection: str) -> pd.DataFrame:
     for run in ordered(runs):
         about = {"task": run.task, "method": run.method, "variant": run.variant, "name": run.name, "seed": run.seed}
         chosen = run.chosen(selection)
-        cost = {"trainable": run.trainable, "remaining": run.remaining, "steps": run.steps,
+        cost = {"trainable": run.trainable, "remaining": run.remaining(selection), "steps": run.steps,
                 "wall_seconds": run.data.get("wall_seconds")}  # fmt: skip
         rows.append(about | {f"metric {m}": chosen.get(m) for m in run.metrics} | cost | {"run": run})
     columns = ["task", "method", "variant", "name", "seed", "trainable", "remaining", "steps", "wall_seconds", "run"]

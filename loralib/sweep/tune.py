@@ -173,7 +173,9 @@ def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
                 score = run.chosen(tuning.args.tune_selection).get(run.metrics[0]) if run.metrics else None
                 if record.get("status") == "diverged" or score is None or not math.isfinite(score):
                     score = None
-                scores.append({"values": dict(point), "seed": seed, "score": score, "status": record.get("status")})
+                over = run.over_budget(tuning.args.tune_selection)
+                scores.append({"values": dict(point), "seed": seed, "score": score, "status": record.get("status")}
+                              | ({"over_budget": over} if over else {}))  # fmt: skip
                 of_point.append(score)
             known = [score for score in of_point if score is not None]
             if len(known) == len(of_point):
@@ -219,5 +221,10 @@ def say(choices: Sequence[Mapping[str, Any]]) -> None:
         words = f"; {diverged} diverged" if diverged else ""
         print(f"chosen for {choice['task']}, {choice['method']}: {_words(choice['values'])} "
               f"({choice['metric']} {choice['mean']:.4f} of {choice['trials']} trials{words})")  # fmt: skip
+        over = sum("over_budget" in score for score in choice["scores"])
+        if over:
+            print(
+                f"  {over} trial(s) are judged over AdaLoRA's target budget: no evaluation of theirs is at the target"
+            )
         for name in choice["edges"]:
             print(f"  {name} {choice['values'][name]} is at the edge of its grid: widen --tune {name}")
