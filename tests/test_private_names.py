@@ -37,8 +37,9 @@ LEANED_ON = {
     "torch.ops.mkldnn": "_linear_pointwise",
     "transformers.PreTrainedModel": "_init_weights",
     "transformers.Trainer": """
-        _evaluate _finalize_training _get_dataloader _get_grad_norm _get_learning_rate _get_output_dir
-        _get_train_sampler _globalstep_last_logged _init_training_state _initial_global_step _inner_training_loop
+        _determine_best_metric _evaluate _finalize_training _get_dataloader _get_grad_norm _get_learning_rate
+        _get_output_dir _get_train_sampler _globalstep_last_logged _init_training_state _initial_global_step
+        _inner_training_loop
         _load_best_model _load_from_checkpoint _load_optimizer_and_scheduler _load_rng_state
         _maybe_log_save_evaluate _push_from_checkpoint _run_epoch _save _save_checkpoint
         _save_optimizer_and_scheduler _total_loss_scalar _tr_loss _train_batch_size

@@ -92,6 +92,47 @@ def test_the_allocator_knows_when_its_budget_is_the_target() -> None:
         assert within == list(range(32 if interval == 1 else 33, 41))  # step 31 is in the rhythm of 1 alone
 
 
+def best_of(
+    folder: Path, scores: dict[int, float], resume: int | None = None, final_phase: int = 4, **changes: Any
+) -> Any:
+    """AdaLoRA for 16 steps, the last 4 at the target budget, with the best of the evaluations as its result."""
+    best = {"metric_for_best_model": "score", "greater_is_better": True, "load_best_model_at_end": True}
+    usual = {"max_steps": 16, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 2}
+    trainer = runs.trainer("adalora", runs.arguments(folder, **(usual | best | changes)), TRAIN, EVALUATION)
+    trainer.compute_metrics = lambda prediction: {"score": scores[trainer.state.global_step]}
+    trainer.method_state["allocator"].warmups = (4, final_phase)
+    trainer.train(str(folder / f"checkpoint-{resume}") if resume else None)
+    return trainer
+
+
+def test_the_best_model_of_adalora_is_one_at_the_target_budget(tmp_path: Path, caplog: Any) -> None:
+    """The best score of all is that of step 4, with all ranks; from step 14 on the budget is the target."""
+    scores = dict(enumerate([0, 0, 0.5, 0, 0.9, 0, 0.8, 0, 0.7, 0, 0.6, 0, 0.5, 0, 0.2, 0, 0.1]))
+    with caplog.at_level(logging.INFO, logger="loralib"):
+        straight = best_of(tmp_path / "straight", scores)
+    allocator: Any = straight.method_state["allocator"]
+    assert (straight.state.best_global_step, straight.state.best_metric) == (14, 0.2)
+    assert 0 < sum(allocator.ranks().values()) <= allocator.target_total
+    assert "best score at the target budget: 0.2, at step 14" in caplog.text and "over budget" not in caplog.text
+    assert sorted(p.name for p in (tmp_path / "straight").glob("checkpoint-*")) == ["checkpoint-14", "checkpoint-16"]
+    best_of(tmp_path / "again", scores, save_total_limit=None)
+    shutil.rmtree(tmp_path / "again" / "checkpoint-16")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-14")
+    resumed = best_of(tmp_path / "again", scores, resume=12, save_total_limit=None)
+    assert resumed.state.best_global_step == 14
+    assert runs.differences(runs.result(straight), runs.result(resumed)) == []
+
+
+def test_without_an_evaluation_at_the_target_the_best_one_is_over_budget(tmp_path: Path, caplog: Any) -> None:
+    """Without a final phase the last mask, here that of step 15, is still above the target."""
+    run = best_of(tmp_path, dict.fromkeys(range(17), 0.3) | {4: 0.9}, final_phase=0)
+    allocator: Any = run.method_state["allocator"]
+    ranks = sum(allocator.ranks().values())
+    assert run.state.best_global_step == 4 and ranks > allocator.target_total
+    said = f"the model of step 4 has {ranks} singular values, the target is {allocator.target_total}; raise --final_w"
+    assert "it is over budget" in caplog.text and said in caplog.text
+
+
 # ---- from a user's seat ----
 
 

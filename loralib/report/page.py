@@ -28,8 +28,8 @@ SELECTIONS = {
     "last": "the end of each run (where a run was told to load its best checkpoint, that one), validation split",
     "best": "the evaluation with the best score of each run, with the parameters that remained then; chosen and "
     "reported on the same validation rows: biased upwards",
-    "heldout": "the evaluation that is best on one half of the validation rows, with the parameters that remained then, "
-    "reported on the other half (--heldout_split)",
+    "heldout": "the evaluation that is best on one half of the validation rows, reported on the other half "
+    "(--heldout_split), with the parameters that remained then",
 }
 Others = Sequence[tuple[Path, str]]
 

@@ -3,6 +3,7 @@
 No loop is copied: everything here is an override of the stock Trainer's, and no method is named.
 """
 
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from loralib.methods import Method
 from loralib.training.penalty import WithPenalty
 from loralib.training.resume import ExactResume
 from loralib.training.sampling import OWN_ROWS
+
+logger = logging.getLogger(__name__)
 
 
 def task_loss(
@@ -156,3 +159,35 @@ class LoRATrainer(WithPenalty, ExactResume):
             super()._load_best_model()
         else:
             load_adapter(self.model, str(self.state.best_model_checkpoint))
+        for piece in self._allocators():
+            step, name = self.state.best_global_step, self.args.metric_for_best_model
+            if piece.at_target(step):
+                logger.info("best %s at the target budget: %s, at step %s", name, self.state.best_metric, step)
+            else:
+                logger.warning(
+                    "no evaluation was made at the target budget, so the best one of all is taken, and it is over "
+                    "budget: the model of step %s has %d singular values, the target is %d; raise --final_warmup or "
+                    "evaluate more often",
+                    step,
+                    sum(piece.ranks().values()),
+                    piece.target_total,
+                )
+
+    # ---- the best model ----
+
+    def _allocators(self) -> list[Any]:
+        """Pieces of the method that say at which steps the model is at its target budget."""
+        return [piece for piece in self.method_state.values() if hasattr(piece, "at_target")]
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Choose as the stock method does, but among evaluations at the target budget as soon as there is one."""
+        state, pieces = self.state, self._allocators()
+
+        def at_target(step: int) -> bool:
+            return all(piece.at_target(step) for piece in pieces)
+
+        if state.best_global_step is not None and at_target(state.best_global_step) != at_target(state.global_step):
+            if at_target(state.best_global_step):
+                return False
+            state.best_metric = None  # of a larger model
+        return super()._determine_best_metric(metrics, trial)
