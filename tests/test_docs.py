@@ -1,6 +1,7 @@
 """The documentation is true: commands parse, flags and tests exist, ledger rows and code agree, links resolve."""
 
 import argparse
+import ast
 import dataclasses
 import importlib.util
 import inspect
@@ -294,6 +295,39 @@ def test_ledger_ids_in_the_code_exist() -> None:
         for phrase in re.findall(r"[Ll]edger((?:,? (?:and |to )?[A-Z]\d+)+)", path.read_text()):
             named |= set(re.findall(r"[A-Z]\d+", phrase))
     assert named and named <= set(LEDGER), named - set(LEDGER)
+
+
+# ---- the map of the code ----
+
+
+def names_in(file: Path) -> set[str]:
+    """Functions, classes and methods of a module; a method as CLASS.METHOD."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_the_ways_through_the_files_lead_through_functions_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text.split("## Four ways through the files")[1].split("\n## ")[0]
+    ways = re.split(r"^(?=[A-Z].*:\n\n1\. )", section, flags=re.M)[1:]
+    assert len(ways) == 4
+    for way in ways:
+        assert re.findall(r"^(\d)\. ", way, flags=re.M) == list("12345"), way
+        steps = re.findall(r"`([\w/-]+\.py): ([\w.]+)`", way)
+        files = list(dict.fromkeys(file for file, _ in steps))
+        assert len(files) >= 3 and all(name in names_in(ROOT / file) for file, name in steps), steps
+
+
+def test_the_map_of_the_tests_names_each_file_once() -> None:
+    rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| ")]
+    header = next(i for i, line in enumerate(rows) if "tests/test_NAME.py" in line)
+    named = [name for row in rows[header + 1 :] for name in re.findall(r"`(\w+)`", row.split("|")[2])]
+    assert sorted(named) == sorted(file.stem.removeprefix("test_") for file in (ROOT / "tests").glob("test_*.py"))
 
 
 # ---- measured numbers ----

@@ -73,8 +73,8 @@ def folded(adapter: Adapter) -> Adapter:
             matrices[name] = {"lora_A": a, "lora_B": b}
     left_ranks = dict.fromkeys(adapter.config["ranks"], 0) | {n: m["lora_A"].shape[0] for n, m in matrices.items()}
     scaling = {name: adapter.scaling[name] for name in matrices}
-    config = adapter.config | {"layer": "frd", "ranks": left_ranks}
-    config.pop("shared", None)
+    config = {key: value for key, value in adapter.config.items() if key not in ("shared", "layer")}
+    config["ranks"] = left_ranks
     return replace(adapter, config=config, matrices=matrices, scaling=scaling)
 
 

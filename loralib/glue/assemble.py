@@ -16,7 +16,7 @@ from loralib.glue.data import GlueData
 from loralib.glue.flags import DataArguments, GlueTrainingArguments
 from loralib.glue.folder import clear_output_dir
 from loralib.glue.metrics import compute_metrics, metric_names
-from loralib.glue.model import adapter_config, load_lora_path
+from loralib.glue.model import adapter_settings, load_lora_path
 from loralib.glue.run import Run
 from loralib.glue.stopping import check_early_stopping
 from loralib.glue.tasks import Task
@@ -49,8 +49,7 @@ def trainer_with(run: Run, method: Method, arguments: dict[str, Any], task: Task
     """A trainer of this method from the `trainer_arguments`, with the facts that `adapter.json` will hold."""
     adapter = None
     if method.factors is not None:
-        layer = getattr(run.lora_args, "lora_type", "sparse" if method.factors.between else "frd")
-        adapter = adapter_config(method.name, run.lora_args, run.model_args, task, layer=layer)
+        adapter = adapter_settings(method.name, run.lora_args, run.model_args, task)
     return LoRATrainer(method=method, adapter=adapter, **arguments)
 
 

@@ -181,12 +181,11 @@ def snapshot_commit(model: ModelArguments) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
-def adapter_config(method: str, lora: LoRAArguments, model: ModelArguments, task: Task, layer: str) -> dict[str, Any]:
+def adapter_settings(method: str, lora: LoRAArguments, model: ModelArguments, task: Task) -> dict[str, Any]:
     """Facts that `adapter.json` keeps beside the weights."""
     base = os.path.expanduser(model.model_name_or_path)
     return {
         "method": method,
-        "layer": layer,
         "lora_r": lora.lora_r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     adapted = adapt(model, DoRALinear, lora.modules, **lora.layer_settings)
     if lora.lora_path:
         flow.load_lora_path(model, lora.lora_path)
-    adapter = flow.adapter_config("dora", lora, model_args, data.task, layer="dora")
+    adapter = flow.adapter_settings("dora", lora, model_args, data.task)
     change = LengthChange(model)
     parts = flow.trainer_arguments(run, data, tokenizer, data_args, model)
     trainer = LoRATrainer(penalty=change, penalty_coef=lora.length_coef, adapter=adapter, **parts)

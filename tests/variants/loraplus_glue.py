@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     adapted = adapt(model, LoRALinear, lora.modules, **lora.layer_settings)
     if lora.lora_path:
         flow.load_lora_path(model, lora.lora_path)
-    adapter = flow.adapter_config("loraplus", lora, model_args, data.task, layer="frd")
+    adapter = flow.adapter_settings("loraplus", lora, model_args, data.task)
     parts = flow.trainer_arguments(run, data, tokenizer, data_args, model)
     trainer = LoRATrainer(make_optimizer=partial(two_rates, lora.rate_ratio), adapter=adapter, **parts)
     flow.clear_and_log(run, trainer, "loraplus", adapted)

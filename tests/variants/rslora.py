@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model, tokenizer = flow.load_model(model_args, data.task)
     method = "rslora" if lora.apply_lora else "full"
     adapted = adapt(model, RSLoRALinear, lora.modules, **lora.layer_settings) if lora.apply_lora else []
-    adapter = flow.adapter_config(method, lora, model_args, data.task, layer=method) if lora.apply_lora else None
+    adapter = flow.adapter_settings(method, lora, model_args, data.task) if lora.apply_lora else None
     if lora.lora_path:
         flow.load_lora_path(model, lora.lora_path)
     trainer = LoRATrainer(adapter=adapter, **flow.trainer_arguments(run, data, tokenizer, data_args, model))
