@@ -76,7 +76,7 @@ class RankAllocator:
         self._averages: tuple[list[Tensor], list[Tensor]] | None = None
         self.budget = self.total_rank
         self.threshold: Tensor | None = None  # scalar on the device; None until the first mask
-        self._kept: Tensor | None = None  # (matrices,) ranks that the last mask left, on the device
+        self._masked: Tensor | None = None  # (matrices, r) what the last mask zeroed, on the device
 
     @property
     def importance(self) -> list[Tensor]:
@@ -172,9 +172,9 @@ class RankAllocator:
         """Zero every E whose score is at most the `remove`-th smallest (ledger A5: ties fall together)."""
         score = self.scores()
         self.threshold = score.view(-1).kthvalue(remove).values
-        self._kept = (score > self.threshold).sum(1)
+        self._masked = score <= self.threshold
         values = torch.stack([e.detach() for e in self.E]).squeeze(2)
-        values = values.masked_fill(score <= self.threshold, 0.0).unsqueeze(2)
+        values = values.masked_fill(self._masked, 0.0).unsqueeze(2)
         torch._foreach_copy_([e.detach() for e in self.E], list(values.unbind()))
 
     def ranks(self) -> dict[str, int]:
@@ -188,7 +188,7 @@ class RankAllocator:
         The optimizer moves a value that was zeroed away from 0 again at its next step, so that between two masks
         `ranks` counts more than these, up to all of them.
         """
-        counts = [self.r] * len(self.names) if self._kept is None else self._kept.tolist()
+        counts = [self.r] * len(self.names) if self._masked is None else (~self._masked).sum(1).tolist()
         return dict(zip(self.names, counts, strict=True))
 
     def remaining_parameters(self) -> int:
@@ -201,8 +201,8 @@ class RankAllocator:
         keys = [f"{name}.lora_{kind}" for kind in "ABE" for name in self.names]
         state = {f"importance.{k}": t for k, t in zip(keys, self.importance, strict=True)}
         state |= {f"uncertainty.{k}": t for k, t in zip(keys, self.uncertainty, strict=True)}
-        if self.threshold is not None and self._kept is not None:
-            state |= {"threshold": self.threshold, "kept": self._kept}
+        if self.threshold is not None and self._masked is not None:
+            state |= {"threshold": self.threshold, "kept": (~self._masked).sum(1)}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -224,9 +224,11 @@ class RankAllocator:
                 tensor.copy_(found)
         device = self.E[0].device
         self.threshold = state["threshold"].to(device) if "threshold" in state else None
-        self._kept = state["kept"].to(device) if "kept" in state else None
-        if self.threshold is not None and self._kept is None:  # an older file; exact in the final phase
-            self._kept = (self.scores() > self.threshold).sum(1)
+        self._masked = None
+        if "kept" in state:  # how many of each matrix; the next mask says anew which
+            self._masked = torch.arange(self.r, device=device) >= state["kept"].to(device).unsqueeze(1)
+        elif self.threshold is not None:  # an older file; exact in the final phase
+            self._masked = self.scores() <= self.threshold
 
 
 def check_budget(total: int, matrices: int, target_rank: int | None, target_total_rank: int | None) -> int:

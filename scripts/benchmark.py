@@ -45,6 +45,7 @@ from loralib.glue.machine import cpu_name, git_commit
 from loralib.kernels.deberta import unpad, use_fast_attention
 from loralib.kernels.low_rank import autocast_dtype, product
 from loralib.methods import Method, adalora, lora, rm_lora, sora
+from loralib.report.text import aligned
 from loralib.trainer import task_loss
 
 # hidden size, layers, heads, intermediate size (the hub's microsoft/deberta-v3-*)
@@ -412,8 +413,7 @@ def table(record: dict[str, Any]) -> str:
         row += [number(r.get(key), ".0f") for key in ("operations", "kernels", "synchronisations")]
         row += [number(r.get("peak_memory_bytes"), ".0f", 1e-6)]
         lines.append(row)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def variations(o: argparse.Namespace) -> Iterator[argparse.Namespace]:

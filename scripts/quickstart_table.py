@@ -45,13 +45,10 @@ def row(run: dict[str, Any], baseline: float | None) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest entry; the first one to the left, numbers to the right."""
-    lines = [HEADER, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    written = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
+    """The header, a rule and the rows."""
+    from loralib.report.text import aligned
+
+    written = aligned([HEADER, *rows])
     return "\n".join([written[0], "-" * len(written[0]), *written[1:]])
 
 

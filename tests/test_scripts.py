@@ -17,7 +17,9 @@ import pytest
 from loralib.allocator import check_schedule
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, parse
 from loralib.glue.tasks import GLUE
+from loralib.report import figures
 from loralib.sparse import lambda_stages
+from loralib.sweep import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
@@ -52,6 +54,12 @@ def commands(task: str, **env: str) -> dict[str, list[str]]:
     """The command of each method, split into words."""
     lines = script(task, "all", **env).stdout.splitlines()
     return dict(zip(METHODS, map(shlex.split, lines), strict=True))
+
+
+def test_every_list_of_methods_names_the_same_ones() -> None:
+    (line,) = re.findall(r"^methods=\((.*)\)$", (ROOT / "scripts" / "launch.sh").read_text(), flags=re.M)
+    assert line.split() == METHODS == list(plan.METHODS)
+    assert set(figures.METHODS) == {*METHODS, "svd-lora"}  # which has no settings from a paper
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loralib.errors import InputError
 from loralib.glue import card
 from loralib.glue.flags import GlueTrainingArguments
-from loralib.glue.record import RUN_FILE
+from loralib.glue.record import RUN_FILE, record_of
 from loralib.training.lock import lock
 from loralib.training.manifest import MANIFEST, checkpoints, last_checkpoint, read_manifest
 
@@ -137,15 +136,6 @@ def began_unfinished(folder: Path) -> bool:
     if (folder / RUN_FILE).is_file() and not record:  # a record that was cut short, and nothing else
         return all(p.name == RUN_FILE or EARLY.fullmatch(p.name) for p in folder.iterdir())
     return bool(record) and record.get("status") != "finished" and isinstance(arguments, dict) and trained
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    """The folder's `run.json`, {} where it is missing or no record."""
-    try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _early(folder: Path) -> bool:

@@ -29,7 +29,7 @@ RUN_VERSION = 1
 def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: str, metrics: dict[str, Any]) -> None:
     """Write `run.json`, which the report reads. An evaluation alone does not replace the record of a training."""
     training = run.training
-    if not training.do_train and _has_trained(Path(training.output_dir) / RUN_FILE):
+    if not training.do_train and _is_of_a_training(record_of(Path(training.output_dir))):
         logger.info("%s stays the record of the training; what was computed now is beside it", RUN_FILE)
         return
     summary = {
@@ -60,11 +60,13 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
     write_json(Path(training.output_dir) / RUN_FILE, hide(run.complete(record)), default=str)
 
 
-def _has_trained(file: Path) -> bool:
+def record_of(folder: Path) -> dict[str, Any]:
+    """The `run.json` of a folder; {} where there is none, or the file is no record."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["arguments"]["do_train"] is True
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def flags_of(part: Any) -> dict[str, Any]:
@@ -74,3 +76,8 @@ def flags_of(part: Any) -> dict[str, Any]:
     else:
         values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
     return {k: v for k, v in values.items() if not is_secret(k)}
+
+
+def _is_of_a_training(record: dict[str, Any]) -> bool:
+    arguments = record.get("arguments")
+    return isinstance(arguments, dict) and arguments.get("do_train") is True

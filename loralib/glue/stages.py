@@ -22,8 +22,8 @@ from loralib.adapters.own import load_adapter
 from loralib.adapters.reading import ADAPTER_FILE
 from loralib.glue.assemble import begin_method, load_starting_adapter, trainer_arguments, trainer_with
 from loralib.glue.data import GlueData
-from loralib.glue.folder import clear_output_dir, record_of, reserve, whole_checkpoint
-from loralib.glue.record import RUN_FILE, flags_of
+from loralib.glue.folder import clear_output_dir, reserve, whole_checkpoint
+from loralib.glue.record import RUN_FILE, flags_of, record_of
 from loralib.glue.run import Run
 from loralib.glue.train import train_and_report
 from loralib.methods import Method
