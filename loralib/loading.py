@@ -46,7 +46,7 @@ def load(
         The model in evaluation mode, in the dtype of the files, and its tokenizer.
 
     Raises:
-        InputError: nothing of that kind is there, it is incomplete or foreign, or the base model is not to be had or
+        InputError: nothing of that kind is there, it is incomplete or foreign, or the base model cannot be loaded or
             is not the one that was trained on.
     """
     folder = Path(folder).expanduser()

@@ -111,7 +111,7 @@ run() { # METHOD FLAGS...
     local entry batch=32 like
     local -a flags=() own=() launcher=()
     shift
-    if [[ -f "$here/$method" || ("$method" == /* && -f "$method") ]]; then # an entry point of one's own
+    if [[ -f "$here/$method" || ("$method" == /* && -f "$method") ]]; then # the user's own entry point
         entry="$method"
         [[ "$method" == /* ]] || entry="$here/$method"
         label="$(basename "$method" .py)"

@@ -215,7 +215,7 @@ def test_a_stock_trainer_resumes_bitwise(kind: str, dtype: torch.dtype, tmp_path
     ],
 )
 def test_any_task_head(kind: Any, labels: dict[str, Any], head: str | None, tmp_path: Path) -> None:
-    """What trains is the factors and the head of the task; a masked language model has none, its own is pretrained."""
+    """Factors and the head of the task train. A masked language model has no such head: its own is pretrained."""
     config = copy.deepcopy(bert().config)
     if isinstance(labels.get("labels"), float):
         config.num_labels = 1

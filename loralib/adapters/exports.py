@@ -109,7 +109,7 @@ def export_merged(
         layer: class of the adapted layers, for one whose `delta_weight` is its own.
 
     Raises:
-        InputError: the base model is not to be had, or does not fit.
+        InputError: the base model cannot be loaded, or does not fit.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What is looked at whenever a run evaluates: the ranks that are left, the spectrum of the updates, a held-out half."""
+"""Adds to each evaluation the ranks that are left, the effective rank of the updates, and a held-out half's scores."""
 
 import logging
 from typing import Any
@@ -21,7 +21,7 @@ HELDOUT = "heldout"  # key of the half in `GlueData.evals`, and prefix of its me
 def split_heldout(data: GlueData, seed: int) -> None:
     """Split the validation rows into two halves: `eval_*` metrics, by which one chooses, and `heldout_*`, to report.
 
-    The split that SoRA's paper evaluates the small tasks by; MNLI's mismatched rows stay whole. Changes `data.evals`.
+    SoRA's paper evaluates the small tasks with such a split. MNLI's mismatched rows stay whole. Changes `data.evals`.
 
     Args:
         seed: of the split alone, so that all runs of a comparison can share it whatever their own seeds are.

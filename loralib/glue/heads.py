@@ -186,7 +186,8 @@ def _json_object(file: Path) -> dict[str, Any] | None:
 def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
     """The data with labels in the order of the head that the run starts from.
 
-    Where the two are for different labels, training starts a new head, which is said; everything else is refused.
+    If the two are for different labels, training starts a new head, and the log says so; an evaluation or a resumed
+    run is refused.
 
     Raises:
         InputError: nothing trains or a checkpoint is resumed, and the head is for other labels.

@@ -1,4 +1,4 @@
-"""loralib without Trainer and GLUE: adapt a module, train it in a loop of one's own, save the adapter, merge it."""
+"""loralib without Trainer and GLUE: adapt a module, train it in your own loop, save the adapter, merge it."""
 
 from collections.abc import Iterable
 
