@@ -12,8 +12,8 @@ import runs
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from adapter_runs import logits, make_base
 from peft import PeftModel
-from test_export import logits, make_base
 from test_library import arguments
 from test_trl import arguments as sft_arguments
 from test_trl import data as sft_data  # noqa: F401

@@ -11,7 +11,7 @@ import pandas as pd
 import peft
 import pytest
 import torch
-from test_export import METHODS, RootScaled, facts, load_base, logits, make_base, make_run
+from adapter_runs import METHODS, RootScaled, facts, load_base, logits, make_base, make_run
 from test_variants import VARIANTS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 from transformers import logging as transformers_logging

@@ -11,8 +11,8 @@ import peft
 import pytest
 import runs
 import torch
+from adapter_runs import facts, load_base, logits, make_base
 from peft.optimizers import create_loraplus_optimizer
-from test_export import facts, load_base, logits, make_base
 from test_library import ALPHA, MODULES, R, arguments, bert, in_our_names, peft_lora, put, trained
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer
