@@ -128,6 +128,9 @@ def test_heldout_half_is_evaluated_whenever_the_other_is(finished: Path) -> None
     heldout = [e for e in run["history"] if "heldout_accuracy" in e]
     assert [e["step"] for e in heldout] == [6, 12] and run["metrics"]["eval_samples"] == 16
     assert run["heldout"]["heldout_accuracy"] == heldout[-1]["heldout_accuracy"]
+    for half, rows in ((HELDOUT, 15), ("eval", 16)):  # of two classes the larger has at least half of the rows
+        share = run["one_class"][f"{half}_accuracy"]
+        assert 0.5 <= share < 1 and rows * share == pytest.approx(round(rows * share))
     right = 15 * heldout[-1]["heldout_accuracy"]  # 15 rows, apart from the 16
     assert right == pytest.approx(round(right))
 

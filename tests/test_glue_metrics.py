@@ -12,7 +12,7 @@ import pytest
 from transformers import EvalPrediction
 
 from loralib.errors import InputError
-from loralib.glue.metrics import class_words, compute_metrics, metric_names, to_labels, to_scores
+from loralib.glue.metrics import GlueMetric, class_words, compute_metrics, metric_names, one_class, to_labels, to_scores
 from loralib.glue.predictions import check_submission, write_predictions, write_submission
 from loralib.glue.tasks import GLUE, Task
 
@@ -244,3 +244,17 @@ def test_submission_of_a_part_warns_and_of_another_task_is_refused(tmp_path, cap
     with pytest.raises(InputError, match="no predictions of 'classification'.*--task_name"):
         check_submission(tmp_path, CLASSES, predicts=True)  # before the training, not after
     check_submission(tmp_path / "new", GLUE["ax"], predicts=True)
+
+
+@pytest.mark.parametrize("name", ["cola", "mrpc", "mnli", "stsb"])
+def test_scores_of_one_class_are_those_of_a_model_that_answers_it(name, caplog):
+    """Against the task's own metric of the best constant answer."""
+    labels = {"cola": [1, 1, 0, 1], "mrpc": [0, 0, 1], "mnli": [2, 1, 2, 0], "stsb": [0.5, 3.0]}[name]
+    found = one_class(GLUE[name], labels)
+    assert not caplog.text
+    if name == "stsb":
+        assert found == {}
+        return
+    constant = [GlueMetric(GLUE[name]).compute(predictions=[c] * len(labels), references=labels) for c in set(labels)]
+    best = max(constant, key=lambda scores: scores.get("accuracy", 0))
+    assert found == {metric: best[metric] for metric in GLUE[name].metrics}

@@ -18,10 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.text import Text
 from safetensors.numpy import save_file
 from scipy import stats
 
-from loralib.report import comparison, figures, page, tuning
+from loralib.report import comparison, drawing, figures, page, tuning
 from loralib.report.runs import Run
 from loralib.report.spectrum import adapter_spectra, effective_rank, singular_values
 
@@ -284,6 +286,23 @@ def test_a_record_without_the_target_has_it_from_its_flags(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_scores_of_one_answer_for_every_row_are_named(tmp_path: Path) -> None:
+    """CoLA's 0.00 ± 0.00 is a model that answers one class; so is an accuracy of exactly the largest class's share."""
+    for seed, score in ((1, 0.0), (2, 0.0)):
+        metrics = {"eval_matthews_correlation": score, "eval_loss": 0.6}
+        make_run(tmp_path / "cola" / f"{seed}", "lora", task="cola", seed=seed, metrics=metrics)
+        metrics["eval_matthews_correlation"] += seed - 1
+        make_run(tmp_path / "cola" / f"s{seed}", "sora", task="cola", seed=seed, metrics=metrics)
+    share = {"one_class": {"eval_accuracy": 0.75, "heldout_accuracy": 0.8}}
+    make_run(tmp_path / "rte", "lora", accuracies=[0.4, 0.75], **share)  # the held-out score is 1 - 0.75 / 2
+    text = text_of(tmp_path)
+    assert "| lora | 0.00 ± 0.00 (n=2, as one class) | 75.00 (n=1, as one class) |" in text
+    assert "| sora | 50.00 ± 70.71 (n=2) | - |" in text
+    assert "could show: cola, lora, seed 1, 2; cola, sora, seed 1; rte, lora, seed 1." in text
+    assert "as one class" not in text_of(tmp_path, "--selection", "heldout")
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_mismatched_half_is_no_better_evaluation(tmp_path: Path) -> None:
     """The final evaluation of MNLI logs its mismatched half under the matched half's names."""
     run = make_run(tmp_path / "a", "lora", task="mnli", accuracies=[0.5, 0.6])
@@ -537,13 +556,34 @@ def all_figures() -> dict[str, Any]:
         ),
         "curves": figures.curves({"accuracy (%)": bands, "validation loss": bands}, "epoch", "rte: mean over seeds"),
         "comparison": figures.comparison({t: ("accuracy (%)", dots) for t in ("rte", "mrpc", "mnli", "cola")}, "dots"),
+        "one task": figures.comparison({"rte": ("accuracy (%)", {"lora": [80.0]})}, "a title that is " * 9, {"rte": 5}),
+        "nine tasks": figures.comparison({f"t{i}": ("m (%)", dots) for i in range(9)}, "dots", {"t0": 79.0}),
+        "long names": figures.curves(
+            {"m": {f"a-name-of-many-letters-{'longer-' * i} and=settings, of=many": bands["lora"] for i in range(7)}},
+            "epoch",
+            "title",
+        ),
         "frontier": figures.frontier({n: [(1e5, 80, 1), (1e6, 81, 1)] for n in names}, "accuracy (%)", "rte: budget"),
-        "stages": figures.stages([stages] * 3, "m", "accuracy (%)", "rte, sora"),
+        "stages": figures.stages({"1": stages, "2": stages, "30": stages}, "m", "accuracy (%)", "rte, sora"),
         "spectra": figures.spectra({n: (np.exp(-np.arange(8.0)), rng.random(72) * 8) for n in names}, "rte: updates"),
     }
 
 
-@pytest.mark.parametrize("name", ["heatmap", "small heatmap", "curves", "comparison", "frontier", "stages", "spectra"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "heatmap",
+        "small heatmap",
+        "curves",
+        "comparison",
+        "one task",
+        "nine tasks",
+        "long names",
+        "frontier",
+        "stages",
+        "spectra",
+    ],
+)
 def test_nothing_is_cut(name: str) -> None:
     figure = all_figures()[name]
     canvas = FigureCanvasAgg(figure)
@@ -561,8 +601,66 @@ def test_heatmap_has_a_cell_for_each_layer_and_kind() -> None:
     assert layers == [0, 3] and values[:, 1].tolist() == [30, 31, 32, 33, 34, 35]
 
 
+def texts_of(figure: Any) -> list[str]:
+    """All that is written in a figure, as it is drawn."""
+    FigureCanvasAgg(figure).draw()
+    return [text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+
+
+def test_ticks_that_differ_are_written_differently() -> None:
+    """Parameters of the factors between 330,000 and 330,400 are not all 330k."""
+    stages = [{"lambda": i * 1e-4, "remaining": 330_000 + 100 * i, "metrics": {"m": 0.5 + i / 50}} for i in range(5)]
+    points = {"lora": [(330_000.0, 80.0, 1.0)], "sora": [(330_400.0, 81.0, None)]}
+    for figure in (figures.stages({"1": stages}, "m", "m", "t"), figures.frontier(points, "m", "t")):
+        FigureCanvasAgg(figure).draw()
+        for axes in figure.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                inside = [t.label1.get_text() for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+                assert len(inside) > 1 and len(set(inside)) == len(inside)
+
+
+def test_seeds_have_a_legend_and_two_of_them_no_bar() -> None:
+    stage = [{"lambda": 0.0, "remaining": 5, "metrics": {"m": 0.5}}]
+    assert {"seed 3", "seed 40"} <= set(texts_of(figures.stages({"3": stage, "40": stage}, "m", "m", "t")))
+    for n, bars in ((2, 0), (3, 1)):
+        figure = figures.comparison({"rte": ("m", {"lora": [80.0, 81.0, 83.0][:n]})}, "t")
+        assert sum(bool(c.get_segments()) for c in figure.axes[0].findobj(LineCollection)) == bars
+        assert any(f"n = {n}" in text for text in texts_of(figure))
+    uneven = texts_of(figures.comparison({"rte": ("m", {"lora": [80.0, 81.0], "sora": [80.0]})}, "t"))
+    assert "lora (n=2)" in uneven and "sora (n=1)" in uneven
+    for deviation, bars in ((None, 0), (1.0, 1)):
+        figure = figures.frontier({"lora": [(5.0, 80.0, deviation)]}, "m", "t")
+        assert sum(bool(c.get_segments()) for c in figure.axes[0].findobj(LineCollection)) == bars
+    series = [Run(Path(), {"history": [{"eval_loss": i + e, "step": e} for e in (1, 2)]}) for i in (0, 3, 6)]
+    assert drawing.band(series[:2], "eval_loss", "step", 1.0) == ([1, 2], [2.5, 3.5], [0, 0])
+    assert drawing.band(series, "eval_loss", "step", 1.0) == ([1, 2], [4, 5], [3, 3])
+
+
+def test_the_score_of_one_class_is_drawn_where_it_is_near_and_written_where_it_is_far() -> None:
+    for score, lines, said in ((79.0, 1, "dotted: one class for every row, 79.0"), (20.0, 0, "every row: 20.0")):
+        figure = figures.comparison({"rte": ("m", {"lora": [80.0, 82.0]})}, "t", {"rte": score})
+        assert sum(list(line.get_xdata()) == [score, score] for line in figure.axes[0].lines) == lines
+        assert any(said in text for text in texts_of(figure))
+        assert figure.axes[0].get_xlim()[0] > 70
+
+
 def test_a_method_has_one_colour_and_no_two_share_it() -> None:
-    names = ["lora", "lora lora_r=2", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "lora-orth", "full", "mine"]
+    names = [
+        "lora",
+        "lora lora_r=2",
+        "adalora",
+        "sora",
+        "rm-lora-v1",
+        "rm-lora-v2",
+        "lora-orth",
+        "full",
+        "mine",
+        "yours",
+        "a third",
+    ]
     colours = {name: figures.style(name, names)["color"] for name in names}
     assert colours["lora"] == colours["lora lora_r=2"] and len(set(colours.values())) == len(names) - 1
     assert figures.style("lora", names) != figures.style("lora lora_r=2", names)
+    known = {figures.style(name, names)["marker"] for name in names if name in figures.METHODS}
+    assert not known & {figures.style(name, names)["marker"] for name in ("mine", "yours", "a third")}

@@ -11,7 +11,7 @@ from loralib.glue.data import GlueData
 from loralib.glue.evaluation import HELDOUT, EvaluationCallback
 from loralib.glue.folder import is_within, mark_finished, mark_unfinished
 from loralib.glue.machine import forget_peak_memory, peak_memory
-from loralib.glue.metrics import to_labels, to_scores
+from loralib.glue.metrics import one_class, to_labels, to_scores
 from loralib.glue.predictions import has_labels, write_predictions, write_submission
 from loralib.glue.record import write_run
 from loralib.glue.run import Run
@@ -95,6 +95,7 @@ def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics:
         trainer.save_metrics("train", train_metrics)
         metrics |= train_metrics
     if training.do_eval:
+        run.facts["one_class"] = _scores_of_one_class(data)
         evaluation: dict[str, Any] = {}
         for name, split in data.evals.items():
             if name == HELDOUT:  # the callback has evaluated it beside the other half
@@ -108,6 +109,17 @@ def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics:
         metrics |= evaluation
     if training.do_predict:
         metrics |= _predict(run, trainer, data)
+
+
+def _scores_of_one_class(data: GlueData) -> dict[str, float]:
+    """What answering the most frequent class for every row scores, as `eval_*` and `heldout_*`."""
+    halves = {"eval": next(iter(data.evals.values()), None), HELDOUT: data.evals.get(HELDOUT)}
+    return {
+        f"{half}_{name}": score
+        for half, rows in halves.items()
+        if rows is not None
+        for name, score in one_class(data.task, rows["label"]).items()
+    }
 
 
 def _predict(run: Run, trainer: LoRATrainer, data: GlueData) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pandas as pd
 from loralib.report import figures
 from loralib.report.runs import SMALLER_IS_BETTER, Run
 from loralib.report.spectrum import adapter_spectra, effective_rank
-from loralib.report.tables import WORDS, by_method, escape, metrics_of, scores
+from loralib.report.tables import WORDS, by_method, escape, metrics_of, percent, scores
 
 
 class Folder:
@@ -43,19 +43,23 @@ def file_name(name: str) -> str:
 
 
 def band(runs: Sequence[Run], key: str, x: str, factor: float) -> figures.Band | None:
-    """Mean and deviation over runs of an evaluation's number times `factor`, at the points that all of them have."""
+    """Mean and deviation over runs of an evaluation's number times `factor`, at the points that all of them have.
+
+    Of fewer than three runs there is no deviation: it is 0.
+    """
     series = {i: {e[x]: e[key] for e in run.evaluations if key in e and x in e} for i, run in enumerate(runs)}
     points = factor * pd.DataFrame(series, dtype=float).dropna().sort_index()  # (points, runs)
     if len(points) < 2:
         return None
-    deviation = points.std(axis=1, ddof=1) if len(runs) > 1 else 0 * points[0]
+    deviation = points.std(axis=1, ddof=1) if len(runs) >= figures.FEWEST_SEEDS else 0 * points[0]
     return points.index.tolist(), points.mean(axis=1).tolist(), deviation.tolist()
 
 
 def draw(runs: pd.DataFrame, selection: str, out: Path) -> tuple[list[str], list[str]]:
     """All figures as PNG files; returns their names, and a line for each figure or adapter that failed."""
     folder = Folder(out)
-    panels = {}
+    panels: dict[str, Any] = {}
+    one_class: dict[str, float] = {}
     for task, part in runs.groupby("task", sort=False):
         metrics = metrics_of(part)
         if not metrics:
@@ -64,15 +68,20 @@ def draw(runs: pd.DataFrame, selection: str, out: Path) -> tuple[list[str], list
         mine = {name: of for _, name, of in by_method(part)}
         values = {name: list(scores(of, metrics[0]).values()) for name, of in mine.items()}
         if any(values.values()):
+            if (baseline := one_class_score(part, metrics[0], selection)) is not None:
+                one_class[task] = baseline
             panels[task] = (label, {name: found for name, found in values.items() if found})
-        _draw_task(folder, task, mine, metrics[0], label)
+        _draw_task(folder, task, mine, metrics[0], label, one_class.get(task))
     if panels:
-        title = f"a dot a seed, mean ± standard deviation; selection: {selection}"
-        folder.save("comparison", figures.comparison, panels, title)
+        title = f"a dot a seed, mean, standard deviation of 3 seeds and more; selection: {selection}"
+        folder.save("comparison", figures.comparison, panels, title, one_class)
     return folder.made, folder.problems
 
 
-def _draw_task(folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metric: str, label: str) -> None:
+def _draw_task(
+    folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metric: str, label: str, chance: float | None
+) -> None:
+    """The figures of one task; `chance`: the score of answering one class for every row."""
     runs = {name: list(of["run"]) for name, of in mine.items()}
 
     def lines(key: str, factor: float, x: str) -> dict[str, figures.Band]:
@@ -82,36 +91,59 @@ def _draw_task(folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metr
     learning = {label: lines(f"eval_{metric}", 1 if metric in SMALLER_IS_BETTER else 100, "epoch"),
                 "validation loss": lines("eval_loss", 1, "epoch")}  # fmt: skip
     if all(learning.values()):
-        title = f"{task}: mean over seeds, band of one standard deviation"
-        folder.save(f"curves_{task}", figures.curves, learning, "epoch", title)
+        title = f"{task}: {_over_seeds(runs)}"
+        baseline = {} if chance is None else {label: chance}
+        folder.save(f"curves_{task}", figures.curves, learning, "epoch", title, baseline)
     nonzero = {f"{name} (values other than 0)": line for name, line in lines("rank_nonzero", 1, "step").items()}
     budget = {"ranks that are kept, all matrices": lines("rank_total", 1, "step") | nonzero,
               "parameters that are kept (thousands)": lines("remaining", 1e-3, "step"),
               "effective rank, mean over matrices": lines("effective_rank", 1, "step")}  # fmt: skip
     if all(budget.values()):
-        title = f"{task}: budget, sparsity and effective rank at each evaluation"
+        title = f"{task}: budget, sparsity and effective rank at each evaluation; {_over_seeds(runs)}"
         folder.save(f"budget_{task}", figures.curves, budget, "optimizer step", title)
     points = frontier_points(mine, metric)
     if len({x for values in points.values() for x, _, _ in values}) > 1:
-        title = f"{task}: metric at the budget that is left, mean ± deviation over seeds"
-        folder.save(f"frontier_{task}", figures.frontier, points, label, title)
+        title = f"{task}: score at the budget that is left; {_over_seeds(runs, 'bar')}"
+        folder.save(f"frontier_{task}", figures.frontier, points, label, title, chance)
     for name, of in runs.items():
-        stages = [run.data["stages"] for run in of if run.data.get("stages")]
+        stages = {str(run.seed): run.data["stages"] for run in of if run.data.get("stages")}
         if stages and len(stages) == len(of):
             folder.save(f"lambda_{task}_{name}", figures.stages, stages, f"eval_{metric}", label, f"{task}, {name}")
         _draw_ranks(folder, task, name, of)
     _draw_spectra(folder, task, runs)
 
 
-def frontier_points(mine: Mapping[str, pd.DataFrame], metric: str) -> dict[str, list[tuple[float, float, float]]]:
-    """(remaining parameters, mean, deviation) of each method's grid points; a method without a grid has one."""
-    points: dict[str, list[tuple[float, float, float]]] = {}
+def _over_seeds(runs: Mapping[str, Sequence[Run]], shape: str = "band") -> str:
+    """What lines and bands are, with the number of seeds."""
+    counts = sorted({len(of) for of in runs.values()})
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    if counts[-1] < figures.FEWEST_SEEDS:
+        return f"mean of n = {n} seeds" if counts[-1] > 1 else "one seed"
+    return f"mean of n = {n} seeds, {shape} of one standard deviation where n is 3 or more"
+
+
+def one_class_score(runs: pd.DataFrame, metric: str, selection: str) -> float | None:
+    """Score of answering one class for every row, as the figures show scores; None where no run has recorded it."""
+    prefix = "heldout_" if selection == "heldout" else "eval_"
+    found = (run.data.get("one_class", {}).get(f"{prefix}{metric}") for run in runs["run"])
+    known = next((score for score in found if score is not None), None)
+    return None if known is None else float(percent(metric, [known])[0])
+
+
+def frontier_points(
+    mine: Mapping[str, pd.DataFrame], metric: str
+) -> dict[str, list[tuple[float, float, float | None]]]:
+    """(remaining parameters, mean, deviation) of each method's grid points; a method without a grid has one.
+
+    Of fewer than three seeds the deviation is None.
+    """
+    points: dict[str, list[tuple[float, float, float | None]]] = {}
     variants = pd.Series([of["method"].iloc[0] for of in mine.values()], dtype=object).value_counts()
     for name, of in mine.items():
         found = np.array(list(scores(of, metric).values()))
         left = of["remaining"].dropna()
         if len(found) and len(left):
-            deviation = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+            deviation = float(found.std(ddof=1)) if len(found) >= figures.FEWEST_SEEDS else None
             method = of["method"].iloc[0]
             key = method if variants[method] > 1 else name
             points.setdefault(key, []).append((float(left.mean()), float(found.mean()), deviation))
@@ -146,5 +178,8 @@ def _draw_spectra(folder: Folder, task: str, runs: Mapping[str, Sequence[Run]]) 
             padded = [np.pad(found, (0, length - len(found))) for found in spectra]
             values[name] = (np.mean(padded, axis=0), [effective_rank(found) for found in spectra])
     if values:
-        title = f"{task}: the trained updates, over all matrices and seeds"
+        title = (
+            f"{task}: the trained updates, over all matrices and seeds: scaling, B, what stands between the factors "
+            "(AdaLoRA's E, SoRA's gates), and A, multiplied"
+        )
         folder.save(f"spectra_{task}", figures.spectra, values, title)

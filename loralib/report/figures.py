@@ -1,23 +1,31 @@
 """Figures from plain numbers: nothing here reads a file or knows a model."""
 
+import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 # Okabe and Ito's palette, distinct for colour-blind readers too; a method has one colour in every figure.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F")
-MARKERS = "osD^vP*Xh"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = "osD^vP*X"
+# Of variants that are not among METHODS: colours of Tol's muted palette and markers that no method has.
+OWN_PALETTE = ("#882255", "#999933", "#332288", "#117733", "#AA4499", "#44AA99", "#7F7F7F")
+OWN_MARKERS = "<>hpdH8"
 METHODS = ("lora", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "lora-orth", "full", "svd-lora")
 Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # x, mean and standard deviation of y
 
 
 MOST_INCHES = 60.0  # a side of a figure; a longer one would not fit into an image file
 MOST_CELLS = 60  # rows or columns of a heatmap that still have names and numbers
+MOST_LETTERS = 34  # of a name on one line
+FEWEST_SEEDS = 3  # of two, a deviation says next to nothing: no bar and no band
 
 
 def shown(text: str) -> str:
@@ -35,9 +43,16 @@ def style(name: str, names: Sequence[str]) -> dict[str, Any]:
     method = name.partition(" ")[0]
     same = [other for other in names if other.partition(" ")[0] == method]
     others = sorted({other.partition(" ")[0] for other in names} - set(METHODS))
-    i = METHODS.index(method) if method in METHODS else len(METHODS) + others.index(method)
-    return {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[(i + same.index(name)) % len(MARKERS)],
+    known = method in METHODS
+    palette, markers = (PALETTE, MARKERS) if known else (OWN_PALETTE, OWN_MARKERS)
+    i = METHODS.index(method) if known else others.index(method)
+    return {"color": palette[i % len(palette)], "marker": markers[(i + same.index(name)) % len(markers)],
             "linestyle": ("-", "--", ":", "-.")[same.index(name) % 4]}  # fmt: skip
+
+
+def wrapped(text: str, letters: int = MOST_LETTERS) -> str:
+    """A name on as many lines as it needs."""
+    return "\n".join(textwrap.wrap(shown(text), letters, subsequent_indent="  ")) or " "
 
 
 def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[int], np.ndarray]:
@@ -86,96 +101,141 @@ def as_image(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def curves(panels: Mapping[str, Mapping[str, Band]], x_label: str, title: str) -> Figure:
-    """One panel a quantity, one line with a band of a standard deviation a method."""
-    figure = _figure(1.6 + 4.6 * len(panels), 4.4)
+def curves(
+    panels: Mapping[str, Mapping[str, Band]], x_label: str, title: str, one_class: Mapping[str, float] | None = None
+) -> Figure:
+    """One panel a quantity, one line with a band of a standard deviation a method.
+
+    Args:
+        one_class: for each panel that has one, the score of answering the same class for every row.
+    """
+    figure = _figure(1.0 + 4.6 * len(panels), 4.4)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, (x, mean, deviation) in lines.items():
             look = style(name, names)
             low, high = np.subtract(mean, deviation), np.add(mean, deviation)
             width = 3.0 - 1.8 * names.index(name) / len(names)  # what lies below another line still shows at its sides
-            axes.plot(x, mean, label=shown(name), markersize=2.5 * width, linewidth=width, **look)
+            axes.plot(x, mean, label=wrapped(name), markersize=2.5 * width, linewidth=width, **look)
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(x_label)
-        axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         _dress(axes)
+        axes.set_ylabel(label + _chance(axes.axhline, axes.get_ylim, axes.set_ylim, (one_class or {}).get(label)))
     _legend(figure, title, names)
     return figure
 
 
-def comparison(tasks: Mapping[str, tuple[str, Mapping[str, Sequence[float]]]], title: str) -> Figure:
-    """One panel a task: a dot a seed, and mean with standard deviation, for each method."""
+def comparison(
+    tasks: Mapping[str, tuple[str, Mapping[str, Sequence[float]]]],
+    title: str,
+    one_class: Mapping[str, float] | None = None,
+) -> Figure:
+    """One panel a task: a dot a seed, and the mean, with the standard deviation of three seeds and more, a method.
+
+    Args:
+        tasks: for each task the name of its metric, and the scores of each method.
+        one_class: for each task that has one, the score of answering the same class for every row.
+    """
     all_names = list(dict.fromkeys(name for _, methods in tasks.values() for name in methods))
+    counts = {len(values) for _, methods in tasks.values() for values in methods.values()}
     columns = min(3, len(tasks))
-    lengths = [len(methods) for _, methods in tasks.values()]
-    heights = [0.9 + 0.34 * max(lengths[i : i + columns]) for i in range(0, len(lengths), columns)]
-    widest = max(map(len, all_names))
-    figure = _figure(columns * (2.8 + 0.08 * widest), 0.5 + sum(heights))
+
+    def labels(methods: Mapping[str, Sequence[float]]) -> list[str]:
+        return [wrapped(name if len(counts) == 1 else f"{name} (n={len(values)})") for name, values in methods.items()]
+
+    found = [labels(methods) for _, methods in tasks.values()]
+    lines = [sum(0.16 + 0.18 * (1 + label.count("\n")) for label in of_task) for of_task in found]
+    heights = [1.0 + max(lines[i : i + columns]) for i in range(0, len(lines), columns)]
+    widest = max(len(line) for of_task in found for label in of_task for line in label.split("\n"))
+    seeds = f"; n = {counts.pop()}" if len(counts) == 1 else ""
+    figure = _figure(columns * (3.2 + 0.08 * widest), 0.6 + sum(heights))
     panels = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in panels.flat[len(tasks) :]:
         axes.set_visible(False)
-    for axes, (task, (metric, methods)) in zip(panels.flat, tasks.items(), strict=False):
+    for axes, of_task, (task, (metric, methods)) in zip(panels.flat, found, tasks.items(), strict=False):
         for row, (name, values) in enumerate(methods.items()):
             look = style(name, all_names)
             axes.plot(values, [row] * len(values), linestyle="", marker=look["marker"], color=look["color"], alpha=0.4)
-            deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            deviation = np.std(values, ddof=1) if len(values) >= FEWEST_SEEDS else None
             axes.errorbar(np.mean(values), row, xerr=deviation, fmt="|", color=look["color"], markersize=14, capsize=3)
-        axes.set_yticks(range(len(methods)), [shown(name) for name in methods])
+        axes.set_yticks(range(len(methods)), of_task)
         axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_title(shown(task), fontsize=10)
-        axes.set_xlabel(metric)
+        axes.set_title(wrapped(task), fontsize=10)
         _dress(axes)
+        axes.set_xlabel(metric + _chance(axes.axvline, axes.get_xlim, axes.set_xlim, (one_class or {}).get(task)))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    figure.suptitle(shown(title), fontsize=10)
+    _title(figure, title + seeds)
     return figure
 
 
-def frontier(points: Mapping[str, Sequence[tuple[float, float, float]]], metric: str, title: str) -> Figure:
-    """Metric against remaining parameters: points (parameters, mean, deviation) of each method, joined by a line."""
-    figure = _figure(7.2, 4.6)
+def frontier(
+    points: Mapping[str, Sequence[tuple[float, float, float | None]]],
+    metric: str,
+    title: str,
+    one_class: float | None = None,
+) -> Figure:
+    """Metric against remaining parameters, a line a method.
+
+    Args:
+        points: (parameters, mean, deviation) of each method; the deviation is None where there are too few seeds.
+        one_class: the score of answering the same class for every row.
+    """
+    figure = _figure(6.6, 4.6)
     axes = figure.add_subplot()
     names = list(points)
+    drawn: list[float] = []
     for name, values in points.items():
-        x, mean, deviation = zip(*sorted(values), strict=True)
-        axes.errorbar(x, mean, yerr=deviation, label=shown(name), capsize=3, markersize=6, **style(name, names))
+        x, mean, deviation = zip(*sorted(values, key=lambda point: point[:2]), strict=True)
+        bars = None if None in deviation else deviation
+        # methods of one budget stand side by side, six points apart
+        aside = ScaledTranslation(max(map(drawn.count, x)) * 6 / 72, 0, figure.dpi_scale_trans)
+        drawn += x
+        axes.errorbar(x, mean, yerr=bars, label=wrapped(name), capsize=3, markersize=6,
+                      transform=axes.transData + aside, **style(name, names))  # fmt: skip
     everything = [x for values in points.values() for x, _, _ in values]
+    ends = [(x, y + sign * (d or 0.0)) for values in points.values() for x, y, d in values for sign in (-1, 1)]
+    axes.plot(*zip(*ends, strict=True), linestyle="")  # no ink: what is set aside has no say in the limits
     if min(everything) > 0 and max(everything) > 8 * min(everything):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("parameters of the low-rank factors that remain (head not counted)")
-    axes.set_ylabel(metric)
     _dress(axes)
+    axes.set_ylabel(metric + _chance(axes.axhline, axes.get_ylim, axes.set_ylim, one_class))
     _legend(figure, title, names)
     return figure
 
 
-def stages(curves_: Sequence[Sequence[Mapping[str, Any]]], key: str, metric: str, title: str) -> Figure:
+def stages(curves_: Mapping[str, Sequence[Mapping[str, Any]]], key: str, metric: str, title: str) -> Figure:
     """SoRA's schedule: threshold against remaining parameters, and those against the metric, a line a seed.
 
     Args:
-        curves_: for each run its stages, each with `lambda`, `remaining` and `metrics`.
+        curves_: for each seed its stages, each with `lambda`, `remaining` and `metrics`.
         key: name of the metric there; a score between 0 and 1.
     """
     figure = _figure(10, 4)
     left, right = figure.subplots(1, 2)
-    for i, curve in enumerate(curves_):
-        look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
+    for i, (seed, curve) in enumerate(curves_.items()):
+        look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "label": f"seed {seed}"}
         remaining = [stage["remaining"] for stage in curve]
         left.plot([stage["lambda"] for stage in curve], remaining, **look)
         right.plot(remaining, [100 * stage["metrics"][key] for stage in curve], **look)
     left.set_xlabel("threshold (sparse_lambda_2 of the stage)")
     left.set_ylabel("remaining parameters")
-    left.yaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+    left.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    left.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_xlabel("remaining parameters (schedule runs from right to left)")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+    right.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    right.xaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_ylabel(metric)
     _dress(left)
     _dress(right)
-    figure.suptitle(shown(f"{title}: sparsifying schedule, a line a seed"), fontsize=10)
+    _legend(figure, f"{title}: sparsifying schedule, a line a seed", [f"seed {seed}" for seed in curves_])
     return figure
 
 
@@ -185,16 +245,19 @@ def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str
     Args:
         values: for each method the mean singular values, largest first, and the effective rank of each matrix.
     """
-    figure = _figure(11, 4.4)
-    left, right = figure.subplots(1, 2)
     names = list(values)
+    widest = max(len(line) for name in names for line in wrapped(name).split("\n"))
+    figure = _figure(9.4 + 0.085 * widest, max(4.4, 0.5 * len(names)))
+    left, right = figure.subplots(1, 2)
     for name, (singular, _) in values.items():
         drawn = np.maximum(singular, 1e-12)
-        left.semilogy(range(1, len(drawn) + 1), drawn, label=shown(name), markersize=4, **style(name, names))
-    largest = [singular.max() for singular, _ in values.values() if singular.max(initial=0.0) > 0] or [1.0]
-    left.set_ylim(1e-4 * min(largest), 2 * max(largest))  # what was pruned is 0 and falls out below
+        left.semilogy(range(1, len(drawn) + 1), drawn, label=wrapped(name), markersize=4, **style(name, names))
+    seen = np.concatenate([singular for singular, _ in values.values()])
+    largest = float(seen.max(initial=0.0)) or 1.0
+    smallest = float(seen.min(initial=largest, where=seen > 1e-4 * largest))
+    left.set_ylim(0.5 * smallest, 2 * largest)  # what was pruned is 0 and falls out below
     left.set_xlabel("index of the singular value")
-    left.set_ylabel("singular value of B A, mean over matrices")
+    left.set_ylabel("singular value of the update, mean over matrices")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     _dress(left)
     boxes = right.boxplot([ranks for _, ranks in values.values()], orientation="horizontal", patch_artist=True)
@@ -202,21 +265,13 @@ def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str
         box.set(facecolor=style(name, names)["color"], edgecolor=style(name, names)["color"], linewidth=2, alpha=0.6)
     for line in boxes["medians"]:
         line.set_color("black")
-    right.set_yticks(range(1, len(names) + 1), [shown(name) for name in names])
+    right.set_yticks(range(1, len(names) + 1), [wrapped(name) for name in names])
     right.invert_yaxis()
-    right.set_xlim(left=0)
-    right.set_xlabel("effective rank of each matrix's update (exp of the entropy)")
+    right.set_xlim(0, 1.05 * max([1.0, *(rank for _, ranks in values.values() for rank in ranks)]))
+    right.set_xlabel("effective rank of each matrix's update\n(exponential of the entropy)")
     _dress(right)
     _legend(figure, title, names)
     return figure
-
-
-def _short(x: float) -> str:
-    """1327104 as 1.33M."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if abs(x) >= size:
-            return f"{x / size:.3g}{unit}"
-    return f"{x:g}"
 
 
 def _dress(axes: Any) -> None:
@@ -224,12 +279,43 @@ def _dress(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _chance(line: Any, limits: Any, set_limits: Any, score: float | None) -> str:
+    """Draw the score of answering one class for every row where it is near the data, and give it as words for the axis.
+
+    Farther away a line would squeeze what is to be compared.
+    """
+    if score is None:
+        return ""
+    low, high = limits()
+    if not low - 0.5 * (high - low) <= score <= high + 0.5 * (high - low):
+        return f"\none class for every row: {score:.1f}"
+    line(score, color="#555555", linestyle=(0, (1, 2)), linewidth=1.2, zorder=1)
+    margin = 0.04 * (high - low)
+    set_limits(min(low, score - margin), max(high, score + margin))
+    return f"\ndotted: one class for every row, {score:.1f}"
+
+
+def _title(figure: Figure, title: str) -> None:
+    """The title on as many lines as the width of the figure asks for."""
+    letters = max(20, int(13 * figure.get_figwidth()))
+    lines = [line for part in shown(title).split("\n") for line in textwrap.wrap(part, letters)]
+    figure.suptitle("\n".join(lines), fontsize=10)
+    figure.set_figheight(min(MOST_INCHES, figure.get_figheight() + 0.17 * (len(lines) - 1)))
+
+
 def _legend(figure: Figure, title: str, names: Sequence[str]) -> None:
-    """The title, and one legend beside the panels: never over the data."""
-    figure.suptitle(shown(title), fontsize=10)
+    """The title, and one legend below the panels: never over the data."""
+    _title(figure, title)
     seen: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             seen.setdefault(label, handle)
-    order = [label for label in map(shown, names) if label in seen]
-    figure.legend([seen[label] for label in order], order, loc="outside right upper", fontsize=8, frameon=False)
+    order = [label for label in map(wrapped, names) if label in seen]
+    if not order:
+        return
+    longest = max(len(line) for label in order for line in label.split("\n"))
+    columns = max(1, min(len(order), int(figure.get_figwidth() / (0.7 + 0.075 * longest))))
+    lines = max(label.count("\n") + 1 for label in order) * math.ceil(len(order) / columns)
+    figure.set_figheight(min(MOST_INCHES, figure.get_figheight() + 0.19 * lines))
+    figure.legend([seen[label] for label in order], order, loc="outside lower center", ncols=columns, fontsize=8,
+                  frameon=False)  # fmt: skip

@@ -108,7 +108,7 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     if lacking:
         flag = "--heldout_split SEED" if selection == "heldout" else "--eval_strategy epoch"
         parts.append(f"{lacking} runs hold nothing for this selection (run them with {flag}).")
-    parts += _over_budget(runs, selection)
+    parts += _one_class(runs) + _over_budget(runs, selection)
     differences = difference_table(runs)
     if differences:
         text = (
@@ -117,6 +117,17 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
         )
         parts += ["## Difference to LoRA", text, differences]
     return parts
+
+
+def _one_class(runs: pd.DataFrame) -> list[str]:
+    """The runs that learned nothing that a score shows; a mean of 0.00 ± 0.00 is no measurement of a method."""
+    same = runs[runs["as_one_class"]]
+    if not len(same):
+        return []
+    named = [f"{task}, {name}, seed {', '.join(map(str, part['seed']))}"
+             for (task, name), part in same.groupby(["task", "name"], sort=False)]  # fmt: skip
+    text = "**The score of one answer for every row**, so that nothing was learned that it could show"
+    return [f"{text}: {escape('; '.join(named))}."]
 
 
 def _over_budget(runs: pd.DataFrame, selection: str) -> list[str]:

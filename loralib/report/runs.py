@@ -53,6 +53,7 @@ RESULTS: Any = {
     "wall_seconds": 0.0,
     "lambda": 0.0,
     "remaining": 0,
+    "one_class": {"*": 0.0},
     "total_rank": None,
     "target_total_rank": None,
     "stages": [{"lambda": 0.0, "remaining": 0, "steps": 0, "metrics": {"*": 0.0}}],
@@ -147,6 +148,16 @@ class Run:
         if selection == "last" or not self.metrics:
             return named(self.data.get("metrics", {}), "eval_")
         return named(self.evaluation(selection) or {}, "heldout_" if selection == "heldout" else "eval_")
+
+    def as_one_class(self, selection: str) -> bool:
+        """Whether the score that `selection` reports is exactly that of one answer for every row: the most frequent
+        class, or anything where a correlation is 0."""
+        if not self.metrics:
+            return False
+        score, prefix = self.chosen(selection).get(self.metrics[0]), "heldout_" if selection == "heldout" else "eval_"
+        constant = (self.data.get("one_class") or {}).get(f"{prefix}{self.metrics[0]}")
+        undefined = self.metrics[0] in ("matthews_correlation", "combined_score", "pearson") and score == 0
+        return score is not None and (undefined or score == constant)
 
     def remaining(self, selection: str) -> int | None:
         """Elements of the low-rank factors that are left in the model that `selection` reports; None: not known, or
@@ -372,7 +383,9 @@ def frame(runs: Iterable[Run], selection: str) -> pd.DataFrame:
         about = {"task": run.task, "method": run.method, "variant": run.variant, "name": run.name, "seed": run.seed}
         chosen = run.chosen(selection)
         cost = {"trainable": run.trainable, "remaining": run.remaining(selection), "steps": run.steps,
-                "wall_seconds": run.data.get("wall_seconds")}  # fmt: skip
+                "wall_seconds": run.data.get("wall_seconds"),
+                "as_one_class": run.as_one_class(selection)}  # fmt: skip
         rows.append(about | {f"metric {m}": chosen.get(m) for m in run.metrics} | cost | {"run": run})
-    columns = ["task", "method", "variant", "name", "seed", "trainable", "remaining", "steps", "wall_seconds", "run"]
+    columns = ["task", "method", "variant", "name", "seed", "trainable", "remaining", "steps", "wall_seconds",
+               "as_one_class", "run"]  # fmt: skip
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)

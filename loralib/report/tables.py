@@ -96,7 +96,8 @@ def main_table(runs: pd.DataFrame) -> str:
             part = groups.get((task, name))
             found = [] if part is None else [scores(part, metric) for metric in metrics]
             text = " / ".join(spread(list(values.values())) for values in found)
-            cells.append(f"{text} (n={len(found[0])})" if found and found[0] else "-")
+            mark = ", as one class" if part is not None and part["as_one_class"].all() else ""
+            cells.append(f"{text} (n={len(found[0])}{mark})" if found and found[0] else "-")
         rows.append([escape(name), *cells])
     return table(header, rows)
 
