@@ -323,6 +323,21 @@ def test_grid_is_named_by_what_differs_and_compared_at_equal_budget(tmp_path: Pa
     assert (tmp_path / "frontier_rte.png").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_arms_of_one_method_are_told_apart(tmp_path: Path) -> None:
+    """An entry point of a user's own that trains LoRA is no LoRA run, and is compared with it."""
+    for seed in (1, 2, 3):
+        for arm, more in (("lora", 0.0), ("my-start", 0.05)):
+            make_run(tmp_path / "rte" / arm / f"seed{seed}", "lora", seed=seed, accuracies=[0.7 + seed / 100 + more])
+    text = text_of(tmp_path)
+    assert "| lora | 72.00 ± 1.00 (n=3) |" in text and "| my-start | 77.00 ± 1.00 (n=3) |" in text
+    assert "| rte, my-start | 3 | +5.00 |" in text and "Several runs" not in text
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "rte" / "my-start").rename(tmp_path / "alone" / "any-name")
+    text = text_of(tmp_path / "alone")
+    assert "| lora | 77.00" in text
+
+
 def test_stages_are_one_run(tmp_path: Path) -> None:
     stages = [
         {"lambda": i * 1e-4, "remaining": 9000 - 1000 * i, "metrics": {"eval_accuracy": 0.6 + i / 100}, "steps": 780}

@@ -68,6 +68,7 @@ class Run:
     data: Mapping[str, Any]
     stages: Sequence[Mapping[str, Any]] = field(default_factory=list)
     variant: str = ""
+    label: str = ""
 
     @property
     def task(self) -> str:
@@ -85,10 +86,15 @@ class Run:
     def arm(self) -> str:
         """The method's name in the sweep that made the run: of its record, else of its folder."""
         named_by_folder = self.folder.parent.name.partition(",")[0] if self.folder.name.startswith("seed") else ""
-        return str(self.data.get("arm") or named_by_folder or self.method)
+        return str(self.data.get("arm") or named_by_folder or self.recorded)
 
     @property
     def method(self) -> str:
+        """The method that the run names, or its arm, where several arms of a sweep name the same one."""
+        return self.label or self.recorded
+
+    @property
+    def recorded(self) -> str:
         """The method that the run names, with lora-orth for LoRA with a penalty."""
         name = str(self.data.get("method", "?"))
         return "lora-orth" if name == "lora" and (self.arguments.get("reg_orth_coef") or 0) > 0 else name
@@ -348,7 +354,15 @@ def _unlike(value: Any, example: Any, name: str) -> str | None:
 
 
 def name_variants(runs: Sequence[Run]) -> None:
-    """Name runs of one task and method by the settings in which they differ: a grid shows itself."""
+    """Name runs of one task and method by the settings in which they differ: a grid shows itself.
+
+    Arms of a sweep that name one method (an entry point of a user's that trains LoRA, say) are told apart by the arm.
+    """
+    arms: dict[str, set[str]] = {}
+    for run in runs:
+        arms.setdefault(run.recorded, set()).add(run.arm)
+    for run in runs:
+        run.label = run.arm if len(arms[run.recorded]) > 1 and run.arm != run.recorded else ""
     for task, method in {(run.task, run.method) for run in runs}:
         same = [run for run in runs if (run.task, run.method) == (task, method)]
         keys = sorted({key for run in same for key in run.settings})
