@@ -239,6 +239,7 @@ def enter(folder: str, argv: list[str], log: str, die_at: int = 0, count_to: str
         count_to: a file that gets the number of such operations.
     """
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a user's process: loaders of data are its own children
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
