@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 import loralib.training.checkpoints
 import loralib.training.trainer
 from loralib.errors import InputError, RunDiverged, RunError
+from loralib.glue.folder import UNFINISHED
 from loralib.sparse import gates
 from loralib.training.lock import lock, unlock
 from loralib.training.manifest import last_checkpoint
@@ -301,6 +302,21 @@ def usual(tiny_model_dir: Path, mrpc_dir: Path) -> list[str]:
         "disable_tqdm": "True",
     }
     return ["--do_train", "--apply_lora", *(f"--{k}={v}" for k, v in values.items())]
+
+
+@pytest.mark.parametrize("writer", ["card.write_card", "_close_board"])
+def test_a_disk_that_is_full_after_the_record_costs_no_more_than_a_warning(
+    writer: str, usual, entry_point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"loralib.glue.train.{writer}", full)
+    with caplog.at_level(logging.WARNING, logger="loralib"):
+        entry_point("AdaLoRA").main([*usual, "--output_dir", str(tmp_path / "run")])
+    assert "the run is finished and recorded, but the model card or TensorBoard's results" in caplog.text
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert not (tmp_path / "run" / UNFINISHED).exists()
 
 
 def test_a_folder_that_takes_no_files_is_refused_before_anything_is_loaded(usual, entry_point, tmp_path: Path) -> None:

@@ -50,8 +50,7 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
             write_run(run, trainer, method, data.task.name, "finished", metrics)
             if run.training.do_train:
                 mark_finished(run.training)
-                card.write_card(run.training.output_dir)
-        _close_board(trainer, metrics)
+        _write_beside_the_record(run, trainer, metrics)
     except RunError as error:
         if run.training.should_save:
             with suppress(OSError):  # the disk may be full
@@ -70,6 +69,17 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
     if run.training.push_to_hub:
         card.push(trainer)
     return metrics
+
+
+def _write_beside_the_record(run: Run, trainer: LoRATrainer, metrics: dict[str, Any]) -> None:
+    """The model card and TensorBoard's results. The run is finished without them, so a full disk costs a warning."""
+    try:
+        if run.training.should_save and run.training.do_train:
+            card.write_card(run.training.output_dir)
+        _close_board(trainer, metrics)
+    except OSError as error:
+        what = path_of(error) or f"the model card or TensorBoard's results in {run.training.output_dir}"
+        logger.warning("the run is finished and recorded, but %s could not be written (%s)", what, error.strerror)
 
 
 def _close_board(trainer: LoRATrainer, metrics: dict[str, Any], succeeded: bool = True) -> None:
