@@ -303,6 +303,22 @@ def test_scores_of_one_answer_for_every_row_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_costs_are_means_over_all_processes_and_leave_the_head_out(tmp_path: Path) -> None:
+    """One run was resumed (its last process took 101 s); full fine-tuning trains everything but has one head, too."""
+    memory = {"peak_memory": {"mb": 1500.0, "of": "tensors on the fullest GPU of the first process"}}
+    run = make_run(tmp_path / "1", "lora", total_seconds=299.0, evaluation_rows_per_second=250.0, **memory)
+    make_run(tmp_path / "2", "lora", seed=2, **memory)
+    make_run(tmp_path / "full", "full", parameters={"trainable": 184_000_000, "lora": 0, "head": 592_130})
+    text = text_of(tmp_path)
+    factors = f"{run['parameters']['lora']:,}"
+    assert f"| rte, lora | 2 | {factors} | {factors} | 1,000 | 780 | 200 | 1,500 | 250 | 0.11 |" in text
+    assert "| rte, full | 1 | 183,407,870 | - | 592,130 | 780 | 101 | - | - | 0.03 |" in text
+    assert "the most memory in use, tensors on the fullest GPU of the first process;" in text
+    with open(tmp_path / "report.csv") as file:
+        assert [line["seconds"] for line in csv.DictReader(file)] == ["101", "299", "102"]
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_mismatched_half_is_no_better_evaluation(tmp_path: Path) -> None:
     """The final evaluation of MNLI logs its mismatched half under the matched half's names."""
     run = make_run(tmp_path / "a", "lora", task="mnli", accuracies=[0.5, 0.6])
@@ -521,7 +537,7 @@ def test_names_of_users_are_text_everywhere(tmp_path: Path) -> None:
     assert r"\$\\frac\{x &lt;b&gt;\|\`\_\_init\_\_\` =cmd" in text
     assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \$\\alpha\$ \[a\](b)" in text
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| =2")}
-    assert widths == {7, 10}  # differences and costs, settings: no row has more bars than its table
+    assert widths == {7, 10, 11}  # differences, settings, costs: no row has more bars than its table
     with open(tmp_path / "report.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["task"] for line in lines if line["seed"]] == ["'=2+3", "'=2+3", "rte"]

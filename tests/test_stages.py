@@ -71,6 +71,7 @@ def test_each_stage_has_its_own_arguments_and_seconds(finished: Path) -> None:
     assert [r["seed"] for r in (first, second, whole)] == [5, 6, 5]
     assert first["arguments"]["output_dir"].endswith("stage-0") and whole["arguments"]["output_dir"].endswith("run")
     assert first["settings"]["learning_rate"] == first["arguments"]["learning_rate"]
+    assert whole["total_seconds"] == whole["wall_seconds"]  # of one process, stages included
     assert second["wall_seconds"] + first["wall_seconds"] <= whole["wall_seconds"]
     assert [point["lambda"] for point in whole["stages"]] == pytest.approx([0.001, 0.002, 0.003])
     assert [point["seconds"] for point in whole["stages"]][:2] == [
@@ -88,6 +89,9 @@ def test_finished_stages_are_taken(
     assert "stage-0 is finished" in caplog.text and "stage-1 is finished" in caplog.text
     assert before == [(killed / f"stage-{k}" / "run.json").read_bytes() for k in (0, 1)]
     assert same(killed, finished) and len(record(killed)["stages"]) == 3
+    whole, stages = record(killed), [record(killed / f"stage-{k}") for k in (0, 1)]
+    earlier = whole["total_seconds"] - whole["wall_seconds"]
+    assert earlier == pytest.approx(sum(stage["total_seconds"] for stage in stages), abs=0.01)
 
 
 @pytest.mark.parametrize(

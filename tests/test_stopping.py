@@ -180,6 +180,8 @@ def test_an_interrupted_run_stops_where_the_straight_one_does(
     main([*flags, *more, "--output_dir", str(tmp_path / "cut")])
     again = record(tmp_path / "cut")
     assert again["early_stopping"] == whole["early_stopping"] and again["steps"] == 8
+    saved = json.loads((tmp_path / "cut" / "checkpoint-4" / "checkpoint.json").read_text())["progress"]["seconds"]
+    assert again["total_seconds"] - again["wall_seconds"] == pytest.approx(saved, abs=0.01) and saved > 0
     one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("out", "cut"))
     assert all(torch.equal(one[k], two[k]) for k in one)
     (tmp_path / "cut" / "run.json").unlink()

@@ -36,6 +36,7 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()
     }
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+    seconds = time.time() - run.started
     record = {
         "version": RUN_VERSION,
         "status": status,
@@ -53,7 +54,8 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         "parameters": parameters(trainer.model),
         "metrics": metrics,
         "history": trainer.state.log_history,
-        "wall_seconds": round(time.time() - run.started, 3),
+        "wall_seconds": round(seconds, 3),
+        "total_seconds": round(seconds + run.seconds_before + trainer.seconds_before, 3),
         **run.facts,
         **summary,
     }

@@ -38,6 +38,7 @@ class Run:
     command: the command line, for the record.
     clear: whether the output folder is still to be cleared of an earlier run.
     started: the time at which the run began, in seconds since 1970.
+    seconds_before: what earlier processes have trained for stages that this one finds finished or begun.
     complete: adds entries to the record before it is written.
     facts: further entries of the record.
     """
@@ -49,6 +50,7 @@ class Run:
     command: list[str]
     clear: bool = False
     started: float = field(default_factory=time.time)
+    seconds_before: float = 0.0
     complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
     facts: dict[str, Any] = field(default_factory=dict)
 

@@ -56,14 +56,20 @@ def train_in_stages(
     *earlier, last = methods
     if earlier:
         logger.info("%s", lengths(run.training, len(methods), epochs))
+    before = 0.0
     for number, method in enumerate(earlier):
         stage = start_stage(run, number, run.training.num_train_epochs if number == 0 else epochs)
         trainer = trainer_with(stage, method, arguments | {"args": stage.training}, data.task)
-        if not take_finished_stage(stage, trainer):
+        if take_finished_stage(stage, trainer):
+            done = record_of(Path(stage.training.output_dir))
+            before += done.get("total_seconds", done.get("wall_seconds", 0.0))
+        else:
             begin_method(stage, trainer, method, f"{method.name}, stage {number} of {len(methods)}")
             train_and_report(stage, trainer, data)
+            before += trainer.seconds_before
     if earlier:
         run = last_stage(run, len(earlier), epochs, tuple(last.facts()))
+        run.seconds_before = before
     trainer = trainer_with(run, last, arguments | {"args": run.training}, data.task)
     begin_method(run, trainer, last)
     metrics = train_and_report(run, trainer, data)

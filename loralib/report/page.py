@@ -42,7 +42,7 @@ def write_csv(runs: pd.DataFrame, others: Others, selection: str, root: Path, ou
     lines = pd.concat([lines.drop(columns=["run", "name"]), left])
     lines["folder"] = [str(folder.relative_to(root)) for folder in lines["folder"]]
     columns = ["task", "method", "variant", "seed", "status", "selection", *metrics, "trainable", "remaining", "steps",
-               "wall_seconds", "folder"]  # fmt: skip
+               "wall_seconds", "seconds", "peak_mb", "rows_per_second", "folder"]  # fmt: skip
     lines = lines.reindex(columns=columns).astype(object).map(_no_formula)
     lines = lines.rename(columns=lambda name: name.removeprefix("metric "))
     lines.to_csv(out / "report.csv", index=False, encoding="utf-8")
@@ -167,13 +167,20 @@ def _tuned(tuning: Mapping[str, Any] | None, trials: int) -> list[str]:
 
 def _costs(runs: pd.DataFrame) -> list[str]:
     text = (
-        "trainable: low-rank factors and head; remaining: what is left of the factors after pruning in the model that "
-        "is reported, head not counted; "
-        "seconds: wall time of the last process of a run."
+        "Means over the runs. trained: parameters that train, without the head; remaining: what is left of the "
+        "low-rank factors after pruning in the model that is reported; head: the parameters of the head, which train "
+        "with every method and are in no other column; seconds: wall time of all processes of a run, where an earlier "
+        "one counts up to the checkpoint that was resumed; peak MB: the most memory in use, "
+        f"{escape(' or '.join(_measured(runs)) or 'not recorded')}; evaluated rows/s: of the last evaluation."
     )
     parts = ["## Cost", text, cost_table(runs)]
     schedule = stage_table(list(runs["run"]))
     return [*parts, "## Sparsifying schedule", schedule] if schedule else parts
+
+
+def _measured(runs: pd.DataFrame) -> list[str]:
+    """What the peaks of memory count, in the words of the records."""
+    return sorted({str(peak.get("of")) for run in runs["run"] if (peak := run.data.get("peak_memory"))})
 
 
 def _beside(runs: pd.DataFrame, selection: str, published: Path | None) -> list[str]:

@@ -51,6 +51,9 @@ RESULTS: Any = {
     "metrics": {"*": 0.0},
     "history": [{"*": 0.0, "epoch": None}],
     "wall_seconds": 0.0,
+    "total_seconds": 0.0,
+    "peak_memory": {"mb": 0.0},
+    "evaluation_rows_per_second": 0.0,
     "lambda": 0.0,
     "remaining": 0,
     "one_class": {"*": 0.0},
@@ -203,6 +206,11 @@ class Run:
     def steps(self) -> int:
         """Optimizer steps, of all stages."""
         return sum(record.get("steps") or 0 for record in [*self.stages, self.data])
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of all processes of the run; of the last one alone in a record that does not have the others."""
+        return self.data.get("total_seconds", self.data.get("wall_seconds"))
 
     @property
     def trainable(self) -> int | None:
@@ -396,10 +404,13 @@ def frame(runs: Iterable[Run], selection: str) -> pd.DataFrame:
     for run in ordered(runs):
         about = {"task": run.task, "method": run.method, "variant": run.variant, "name": run.name, "seed": run.seed}
         chosen = run.chosen(selection)
-        cost = {"trainable": run.trainable, "remaining": run.remaining(selection), "steps": run.steps,
-                "wall_seconds": run.data.get("wall_seconds"),
+        cost = {"trainable": run.trainable, "head": (run.data.get("parameters") or {}).get("head"),
+                "remaining": run.remaining(selection), "steps": run.steps,
+                "wall_seconds": run.data.get("wall_seconds"), "seconds": run.seconds,
+                "peak_mb": (run.data.get("peak_memory") or {}).get("mb"),
+                "rows_per_second": run.data.get("evaluation_rows_per_second"),
                 "as_one_class": run.as_one_class(selection)}  # fmt: skip
         rows.append(about | {f"metric {m}": chosen.get(m) for m in run.metrics} | cost | {"run": run})
-    columns = ["task", "method", "variant", "name", "seed", "trainable", "remaining", "steps", "wall_seconds",
-               "as_one_class", "run"]  # fmt: skip
+    columns = ["task", "method", "variant", "name", "seed", "trainable", "head", "remaining", "steps",
+               "wall_seconds", "seconds", "peak_mb", "rows_per_second", "as_one_class", "run"]  # fmt: skip
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)

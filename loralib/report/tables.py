@@ -127,11 +127,17 @@ def settings_table(runs: pd.DataFrame) -> str:
 
 
 def cost_table(runs: pd.DataFrame) -> str:
-    """Parameters and wall time of each task and method."""
-    columns = ["trainable", "remaining", "steps", "wall_seconds"]
-    rows = [[escape(f"{task}, {name}"), str(len(part)), *(average(part[column]) for column in columns)]
-            for task, name, part in by_method(runs)]  # fmt: skip
-    return table(["task, method", "n", "trainable", "remaining", "steps", "seconds"], rows)
+    """Parameters, time and memory of each task and method, means over its runs."""
+    columns = ["trained", "remaining", "head", "steps", "seconds", "peak_mb", "rows_per_second"]
+    rows = []
+    for task, name, part in by_method(runs):
+        known = part.assign(trained=pd.to_numeric(part["trainable"]) - pd.to_numeric(part["head"]).fillna(0))
+        hours = pd.to_numeric(part["seconds"]).sum() / 3600
+        cells = [average(known[column]) for column in columns]
+        rows.append([escape(f"{task}, {name}"), str(len(part)), *cells, f"{hours:.2f}"])
+    header = ["task, method", "n", "trained", "remaining", "head", "steps", "seconds", "peak MB", "evaluated rows/s",
+              "hours, all runs"]  # fmt: skip
+    return table(header, rows)
 
 
 def baseline(runs: pd.DataFrame, task: str, variant: str) -> pd.DataFrame:

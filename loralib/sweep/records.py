@@ -16,8 +16,8 @@ from loralib.sweep.settings import PLACES, WITHOUT_NUMBERS, Asked, differences, 
 
 DONE = ("finished", "diverged")  # a run that diverged is done: the same flags diverge again
 KEPT = ("version", "status", "method", "task", "seed", "commit", "versions", "hardware", "world_size",
-        "effective_batch", "steps", "metrics", "wall_seconds", "heldout", "one_class", "stages", "total_rank",
-        "target_total_rank", "peak_memory", "evaluation_rows_per_second")  # fmt: skip
+        "effective_batch", "steps", "metrics", "wall_seconds", "total_seconds", "peak_memory",
+        "evaluation_rows_per_second", "heldout", "one_class", "stages", "total_rank", "target_total_rank")  # fmt: skip
 COUNTS = ("trainable", "total", "lora", "head", "remaining")
 
 

@@ -40,6 +40,7 @@ class ExactResume(StopOnSigterm, Sampling):
         self._resumed: tuple[str, dict[str, Any]] | None = None  # checkpoint and its progress
         self._initial: dict[str, Any] | None = None  # for auto_find_batch_size
         self._finished = False
+        self.seconds_before = 0.0  # of training, up to the checkpoint that is resumed
         self.add_callback(Boundaries(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +140,8 @@ class ExactResume(StopOnSigterm, Sampling):
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["logged_step"]
         self._initial_global_step = 0  # train_loss is the mean over the whole run ...
-        self._train_began -= progress["seconds"]  # ... and so are its seconds
+        self.seconds_before = progress["seconds"]
+        self._train_began -= self.seconds_before  # ... and so are its seconds
         self._finished = progress["finished"]
         if self._finished:
             self._load_rng_state(checkpoint)  # the stock Trainer does so only where it enters an epoch
