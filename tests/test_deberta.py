@@ -15,7 +15,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_po
 
 from loralib.adapt import ROLES, adapt
 from loralib.errors import InputError
-from loralib.kernels.deberta import FastSelfAttention, _band, _BandedAttention, unpad, use_fast_attention
+from loralib.kernels.banded import BandedAttention, band
+from loralib.kernels.deberta import FastSelfAttention, unpad, use_fast_attention
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 
 VARIANTS = {
@@ -262,7 +263,7 @@ def test_gradcheck_of_the_function() -> None:
     def call(packed: bool, dropout: float, q: Tensor, k: Tensor, v: Tensor, *pos: Tensor) -> Tensor:
         torch.manual_seed(3)
         where = (tokens, slots) if packed else (None, None)
-        return _BandedAttention.apply(q, k, v, *pos, masked, *where, 0.4, dropout)
+        return BandedAttention.apply(q, k, v, *pos, masked, *where, 0.4, dropout)
 
     for packed, dropout, kinds in [
         (False, 0.0, "cp"),
@@ -289,7 +290,7 @@ def test_dropped_probabilities_with_the_same_mask_as_plain_torch() -> None:
     masked = torch.zeros(b, length, length, dtype=torch.bool)
     masked[1, :, 4:] = True
     torch.manual_seed(7)
-    actual = _BandedAttention.apply(q, k, v, pos_k, pos_q, masked, None, None, 0.3, p)
+    actual = BandedAttention.apply(q, k, v, pos_k, pos_q, masked, None, None, 0.3, p)
     torch.manual_seed(7)
     keep = torch.native_dropout(torch.ones(heads * b, length, length, dtype=torch.float64), p, True)[1]
     assert 0 < keep.sum() < keep.numel()
@@ -502,4 +503,4 @@ def test_band(length: int) -> None:
     buffer = torch.arange(2 * length * 2 * length).view(2, length, 2 * length)
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     for start in (length - 1, length):
-        assert torch.equal(_band(buffer, start), buffer[:, i, start - i + j])
+        assert torch.equal(band(buffer, start), buffer[:, i, start - i + j])
