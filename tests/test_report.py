@@ -155,6 +155,16 @@ def test_p_is_scipys() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=6), st.booleans())
+def test_the_band_is_the_deviation_over_all_subsets(scores: list[float], error: bool) -> None:
+    best = min if error else max
+    found = tuning.best_of_trials(scores, "mse" if error else "accuracy")
+    for k, (mean, deviation) in enumerate(found, 1):
+        bests = [best(subset) for subset in itertools.combinations(scores, k)]
+        assert (mean, deviation) == pytest.approx((statistics.fmean(bests), statistics.pstdev(bests)), abs=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=7), st.booleans())
 def test_expected_best_is_the_mean_over_all_subsets(scores: list[float], error: bool) -> None:
     best = min if error else max
@@ -569,6 +579,64 @@ def test_report_does_not_wait_for_torch() -> None:
 
 
 # ---- figures ----
+
+
+def test_trials_are_drawn_at_their_values_with_the_others_at_theirs() -> None:
+    """Two flags: a point of the first flag's panel has the second flag's chosen value."""
+    grid = [(lr, r, seed) for lr in ("1e-3", "3e-3", "1e-2") for r in ("4", "8") for seed in (1, 2)]
+    score = {(lr, r): 0.5 + 0.1 * i for i, (lr, r) in enumerate(itertools.product(("1e-3", "3e-3", "1e-2"), "48"))}
+    trials = [{"values": {"learning_rate": lr, "lora_r": r}, "seed": seed, "status": "finished",
+               "score": None if (lr, r, seed) == ("1e-2", "8", 2) else score[lr, r] + seed / 100}
+              for lr, r, seed in grid]  # fmt: skip
+    choice = {"metric": "accuracy", "values": {"learning_rate": "3e-3", "lora_r": "8"}, "scores": trials}
+    by_rate = tuning.scores_by_value(choice, "learning_rate")
+    assert by_rate == {"1e-3": pytest.approx([0.61, 0.62]), "3e-3": pytest.approx([0.81, 0.82]), "1e-2": [1.01, None]}
+    assert tuning.scores_by_value(choice, "lora_r") == {
+        "4": pytest.approx([0.71, 0.72]),
+        "8": pytest.approx([0.81, 0.82]),
+    }
+    assert sorted(tuning.trial_scores(choice))[:2] == pytest.approx([0.51, 0.51])  # the worst stands for the lost one
+    figure = figures.tuning(
+        {"learning_rate": {"lora": by_rate}}, {"lora": choice["values"]}, {"lora": [(0.7, 0.1), (0.8, 0.0)]}, "m", "t"
+    )
+    panel, last = figure.axes
+    assert panel.get_xscale() == "log" and [t.get_text() for t in panel.get_xticklabels()] == ["1e-3", "3e-3", "1e-2"]
+    drawn = {(line.get_marker(), line.get_fillstyle()): line.get_xydata().tolist() for line in panel.lines}
+    assert drawn["o", "full"] == [[1e-3, pytest.approx(0.61)], [1e-3, pytest.approx(0.62)], [3e-3, pytest.approx(0.81)],
+                                  [3e-3, pytest.approx(0.82)], [1e-2, pytest.approx(1.01)]]  # fmt: skip
+    assert drawn["o", "none"] == [[3e-3, pytest.approx(0.815)]]
+    assert drawn["x", "full"][0][0] == 1e-2
+    assert last.lines[0].get_xydata().tolist() == [[1, 0.7], [2, 0.8]]
+    words = figures.tuning(
+        {"optim": {"lora": {"adamw": [0.5], "sgd": [0.6]}}}, {"lora": {}}, {"lora": [(1, 0)]}, "m", "t"
+    )
+    assert [t.get_text() for t in words.axes[0].get_xticklabels()] == ["adamw", "sgd"]
+
+
+@pytest.mark.parametrize(
+    ("differences", "comparisons", "said"),
+    [
+        ([1.0, 2.0, 1.5], 1, "scored 1.50 points of accuracy higher than LoRA (95 % interval +0.26 to +2.74, 3 pairs"),
+        ([-1.0, -2.0, -1.5], 1, "scored 1.50 points of accuracy lower than LoRA"),
+        ([1.0, 2.0, 1.5], 3, "but p = 0.105 after correction for 3 comparisons: this is a hint and no finding."),
+        ([1.0, -2.0, 1.5], 1, "no difference between sora and LoRA was seen (+0.17 points of accuracy, 95 % interval"),
+        ([1.0, 2.0], 1, "nothing can be said of sora against LoRA from 2 pairs of runs (+1.50 points of accuracy)."),
+        ([1.0], 1, "from one pair of runs (+1.00 points of accuracy)."),
+    ],
+)
+@pytest.mark.usefixtures("no_figures")
+def test_a_sentence_says_what_the_numbers_carry(
+    tmp_path: Path, differences: list[float], comparisons: int, said: str
+) -> None:
+    for seed, difference in enumerate(differences):
+        make_run(tmp_path / "lora" / f"{seed}", "lora", seed=seed, accuracies=[0.5 + seed / 50])
+        ours = 0.5 + seed / 50 + difference / 100
+        make_run(tmp_path / "sora" / f"{seed}", "sora", seed=seed, accuracies=[ours])
+        for other in range(comparisons - 1):
+            make_run(
+                tmp_path / f"other{other}" / f"{seed}", f"other{other}", seed=seed, accuracies=[0.5 + seed**2 / 99]
+            )
+    assert said in text_of(tmp_path)
 
 
 @cache

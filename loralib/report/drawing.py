@@ -13,6 +13,7 @@ from loralib.report import figures
 from loralib.report.runs import SMALLER_IS_BETTER, Run
 from loralib.report.spectrum import adapter_spectra, effective_rank
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, percent, scores
+from loralib.report.tuning import best_of_trials, scores_by_value, trial_scores
 
 
 class Folder:
@@ -55,8 +56,14 @@ def band(runs: Sequence[Run], key: str, x: str, factor: float) -> figures.Band |
     return points.index.tolist(), points.mean(axis=1).tolist(), deviation.tolist()
 
 
-def draw(runs: pd.DataFrame, selection: str, out: Path) -> tuple[list[str], list[str]]:
-    """All figures as PNG files; returns their names, and a line for each figure or adapter that failed."""
+def draw(
+    runs: pd.DataFrame, selection: str, out: Path, tuned: Mapping[str, Any] | None = None
+) -> tuple[list[str], list[str]]:
+    """All figures as PNG files; returns their names, and a line for each figure or adapter that failed.
+
+    Args:
+        tuned: the record of a tuning, whose trials get figures, too.
+    """
     folder = Folder(out)
     panels: dict[str, Any] = {}
     one_class: dict[str, float] = {}
@@ -75,7 +82,33 @@ def draw(runs: pd.DataFrame, selection: str, out: Path) -> tuple[list[str], list
     if panels:
         title = f"a dot a seed, mean, standard deviation of 3 seeds and more; selection: {selection}"
         folder.save("comparison", figures.comparison, panels, title, one_class)
+    if tuned is not None:
+        _draw_tuning(folder, tuned)
     return folder.made, folder.problems
+
+
+def _draw_tuning(folder: Folder, tuned: Mapping[str, Any]) -> None:
+    for task in dict.fromkeys(choice["task"] for choice in tuned["choices"]):
+        choices = {choice["method"]: choice for choice in tuned["choices"] if choice["task"] == task}
+        metric = next(iter(choices.values()))["metric"]
+        factor = float(percent(metric, [1])[0])
+        label = WORDS.get(metric, metric) + ("" if metric in SMALLER_IS_BETTER else " (%)")
+        flags: dict[str, dict[str, dict[str, list[float | None]]]] = {}
+        for name, choice in choices.items():
+            for flag in choice["values"]:
+                by_value = scores_by_value(choice, flag)
+                percents = {v: [None if s is None else factor * s for s in of] for v, of in by_value.items()}
+                flags.setdefault(flag, {})[name] = percents
+        chosen = {name: choice["values"] for name, choice in choices.items()}
+        best = {
+            name: [(factor * mean, factor * deviation) for mean, deviation in best_of_trials(trial_scores(c), metric)]
+            for name, c in choices.items()
+        }
+        title = (
+            f"{task}: trials with the seeds {', '.join(map(str, tuned['tune_seeds']))}: a dot each, a line through "
+            "their means, a ring around the value that was chosen, other tuned flags at theirs"
+        )
+        folder.save(f"tuning_{task}", figures.tuning, flags, chosen, best, label, title)
 
 
 def _draw_task(

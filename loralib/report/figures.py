@@ -239,6 +239,76 @@ def stages(curves_: Mapping[str, Sequence[Mapping[str, Any]]], key: str, metric:
     return figure
 
 
+def tuning(
+    flags: Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]],
+    chosen: Mapping[str, Mapping[str, str]],
+    best: Mapping[str, Sequence[tuple[float, float]]],
+    metric: str,
+    title: str,
+) -> Figure:
+    """One panel a tuned flag: a dot a trial, a line through the means, a ring around the chosen value.
+
+    A cross at the bottom is a trial without a score. The last panel has the best score to expect of so many trials, and
+    its deviation.
+
+    Args:
+        flags: for each flag and method the scores of its trials, by value as text.
+        chosen: for each method the chosen values, by flag.
+        best: for each method mean and deviation of the best of 1, 2, ... trials.
+    """
+    names = list(best)
+    figure = _figure(1.0 + 4.6 * (len(flags) + 1), 4.4)
+    *panels, last = figure.subplots(1, len(flags) + 1, squeeze=False)[0]
+    for axes, (flag, methods) in zip(panels, flags.items(), strict=True):
+        place = _places(axes, [value for by_value in methods.values() for value in by_value])
+        for name, by_value in methods.items():
+            look = style(name, names)
+            dots, means = [], []
+            for value in sorted(by_value, key=place.__getitem__):
+                known = [score for score in by_value[value] if score is not None]
+                dots += [(place[value], score) for score in known]
+                means += [(place[value], float(np.mean(known)))] if known else []
+                if len(known) < len(by_value[value]):
+                    axes.plot(place[value], 0.02 + 0.03 * names.index(name), "x", color=look["color"], clip_on=False,
+                              transform=axes.get_xaxis_transform())  # fmt: skip
+                if value == chosen[name].get(flag) and known:
+                    axes.plot(place[value], np.mean(known), "o", markersize=13, fillstyle="none", color=look["color"])
+            axes.plot(*zip(*dots, strict=True), **{**look, "linestyle": "", "alpha": 0.4})
+            axes.plot(*zip(*means, strict=True), **{**look, "marker": ""})
+        axes.set_xlabel(shown(flag))
+        axes.set_ylabel(metric)
+        _dress(axes)
+    for name, of_k in best.items():
+        look, (mean, deviation) = style(name, names), np.transpose(of_k)
+        last.plot(range(1, len(of_k) + 1), mean, label=wrapped(name), markersize=4, **look)
+        last.fill_between(range(1, len(of_k) + 1), mean - deviation, mean + deviation, color=look["color"], alpha=0.15,
+                          linewidth=0)  # fmt: skip
+    last.set_xlabel("number of trials")
+    last.set_ylabel(f"{metric}: best to expect")
+    last.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _dress(last)
+    _legend(figure, title, names)
+    return figure
+
+
+def _places(axes: Any, values: Sequence[str]) -> dict[str, float]:
+    """Where each value of a flag stands on the x axis: numbers by their size, others side by side."""
+    try:
+        numbers = {value: float(value) for value in values}
+    except ValueError:
+        places = {value: float(i) for i, value in enumerate(dict.fromkeys(values))}
+        axes.set_xticks(list(places.values()), [wrapped(value, 16) for value in places])
+        return places
+    if min(numbers.values()) > 0 and max(numbers.values()) >= 4 * min(numbers.values()):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if len(set(numbers.values())) <= 8:
+        ticks = {number: value for value, number in numbers.items()}
+        axes.set_xticks(list(ticks), list(map(shown, ticks.values())), rotation=30 if len(ticks) > 4 else 0)
+        axes.minorticks_off()
+    return numbers
+
+
 def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str) -> Figure:
     """Left: singular values of the update, mean over the matrices; right: their effective ranks, a box a method.
 

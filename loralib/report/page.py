@@ -10,12 +10,12 @@ import pandas as pd
 
 from loralib.adapters.writing import write_file
 from loralib.errors import InputError
+from loralib.report.differences import comparisons, difference_table, sentences
 from loralib.report.drawing import draw
 from loralib.report.runs import brief, frame, read
 from loralib.report.tables import (
     code,
     cost_table,
-    difference_table,
     escape,
     main_table,
     published_tables,
@@ -72,7 +72,7 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None)
     finals = final_runs(found, tuning) if tuning else found
     out.mkdir(parents=True, exist_ok=True)
     runs = frame(finals, selection)
-    made, problems = draw(runs, selection, out)
+    made, problems = draw(runs, selection, out, tuning)
     parts = ["# Results", *_results(runs, selection), *_tuned(tuning, len(found) - len(finals))]
     parts += [*_costs(runs), *_beside(runs, selection, published)]
     if others:
@@ -109,13 +109,18 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
         flag = "--heldout_split SEED" if selection == "heldout" else "--eval_strategy epoch"
         parts.append(f"{lacking} runs hold nothing for this selection (run them with {flag}).")
     parts += _one_class(runs) + _over_budget(runs, selection)
-    differences = difference_table(runs)
-    if differences:
+    found = comparisons(runs)
+    if found:
         text = (
             "On the same seeds, in points of the task's first metric; the interval is the paired 95 % interval of the "
             "t distribution. p (Holm) is that of the paired t test, corrected for the number of comparisons here."
         )
-        parts += ["## Difference to LoRA", text, differences]
+        limits = (
+            "Pairs share the seed. The intervals are about other seeds with the same rows and settings; they say "
+            "nothing of other validation rows."
+        )
+        said = "\n".join(f"- {escape(sentence)}" for sentence in sentences(found))
+        parts += ["## Difference to LoRA", text, difference_table(found), said, limits]
     return parts
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from loralib.report.figures import METHODS
+from loralib.report.results import check_results, read_results
 
 # What a task's table shows; the first is the score that evaluations are chosen by, as in AdaLoRA's Table 1.
 METRICS = {
@@ -31,36 +32,6 @@ NOT_SETTINGS = re.compile(
     r"do_\w+|.*_for_metrics|eval_(on|delay|do|strategy|steps)\w*|log_.*|use_cpu|no_cuda|ddp_.*|glue_submission|"
     r"max_(eval|predict)_samples|auto_find_batch_size|deepspeed.*|fsdp.*|accelerator_config|project|trackio.*"
 )
-
-# What is read of a results file: an example of each kind; None: a number or null. Keys may be missing, "*" is any key.
-RESULTS: Any = {
-    "status": "",
-    "method": "",
-    "task": "",
-    "seed": 0,
-    "arguments": {
-        "seed": 0,
-        "reg_orth_coef": 0.0,
-        "lora_r": None,
-        "target_rank": None,
-        "target_total_rank": None,
-    },
-    "effective_batch": 0,
-    "steps": 0,
-    "parameters": {"trainable": 0, "lora": 0, "remaining": 0, "modules": {"*": {"rank": 0}}},
-    "metrics": {"*": 0.0},
-    "history": [{"*": 0.0, "epoch": None}],
-    "wall_seconds": 0.0,
-    "total_seconds": 0.0,
-    "peak_memory": {"mb": 0.0},
-    "evaluation_rows_per_second": 0.0,
-    "lambda": 0.0,
-    "remaining": 0,
-    "one_class": {"*": 0.0},
-    "total_rank": None,
-    "target_total_rank": None,
-    "stages": [{"lambda": 0.0, "remaining": 0, "steps": 0, "metrics": {"*": 0.0}}],
-}
 
 
 @dataclass
@@ -304,61 +275,6 @@ def _last_words(folder: Path) -> str:
         return ""
     said = [line for line in lines if re.search(r"\berror: |Error: ", line)] or [x for x in lines if x.strip()]
     return f"; it said last: {said[-1].strip()[-300:]}" if said else ""
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A results file whose entries have the kinds that this project writes.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError, ValueError: it can't be read, with the reason as a clause.
-    """
-    stage = path.parent.name
-    what = f"the results file of its {stage}" if stage.startswith("stage-") else "its results file"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise OSError(f"{what} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is cut short or no JSON") from error
-    check_results(data, what)
-    return data
-
-
-def check_results(data: Any, what: str) -> None:
-    """Raise ValueError with the first entry of a results file that is not of the kind that this project writes."""
-    if not isinstance(data, dict) or data.get("version") != 1:
-        raise ValueError(f"{what} is not one of this project's (version 1)")
-    wrong = _unlike(data, RESULTS, "")
-    if wrong:
-        raise ValueError(f"{what} is not one of this project's: {wrong}")
-
-
-def _unlike(value: Any, example: Any, name: str) -> str | None:
-    """The first entry that is not of its example's kind, in words; None where all are."""
-    if isinstance(example, dict):
-        if not isinstance(value, dict):
-            return f"{name} is no mapping"
-        for key in value:
-            if key in example or "*" in example:
-                below = example.get(key, example.get("*"))
-                wrong = _unlike(value[key], below, f"{name}.{key}" if name else str(key))
-                if wrong:
-                    return wrong
-        return None
-    if isinstance(example, list):
-        if not isinstance(value, list):
-            return f"{name} is no list"
-        wrong_ones = (_unlike(v, example[0], f"{name}[{i}]") for i, v in enumerate(value))
-        return next((wrong for wrong in wrong_ones if wrong), None)
-    if isinstance(example, str):
-        return None if isinstance(value, str) else f"{name} is no text"
-    if value is None and example is None:
-        return None
-    number = isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e25
-    return None if number else f"{name} is no number"
 
 
 def name_variants(runs: Sequence[Run]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from loralib.report.comparison import holm, p_value, paired, verdict
 from loralib.report.runs import Run, brief, named
 
 WORDS = {"matthews_correlation": "Matthews", "accuracy_mm": "mismatched", "combined_score": "mean of the two",
@@ -138,68 +137,6 @@ def cost_table(runs: pd.DataFrame) -> str:
     header = ["task, method", "n", "trained", "remaining", "head", "steps", "seconds", "peak MB", "evaluated rows/s",
               "hours, all runs"]  # fmt: skip
     return table(header, rows)
-
-
-def baseline(runs: pd.DataFrame, task: str, variant: str) -> pd.DataFrame:
-    """The LoRA runs to compare with: those of the same grid point, or the only ones; else none."""
-    lora = runs[(runs["task"] == task) & (runs["method"] == "lora")]
-    return lora if lora["variant"].nunique() <= 1 else lora[lora["variant"] == variant]
-
-
-def difference_table(runs: pd.DataFrame) -> str:
-    """Each method against LoRA on the same seeds; p of the paired t test, corrected for the number of rows (Holm).
-
-    Runs that differ in what they were evaluated on, trained on or started from are no pair: the setting is named.
-    """
-    rows, p = [], []
-    for task, name, part in by_method(runs):
-        metrics = metrics_of(part)
-        if part["method"].iloc[0] == "lora" or not metrics:
-            continue
-        lora = baseline(runs, task, part["variant"].iloc[0])
-        label = escape(f"{task}, {name}")
-        unlike = unlike_settings(part, lora)
-        ours, theirs = scores(part, metrics[0]), scores(lora, metrics[0])
-        n, mean, half = paired(ours, theirs)
-        if not n or unlike:
-            why = f"not compared: {'; '.join(unlike)}" if n else "no LoRA run with these seeds and this grid point"
-            rows.append([label, str(n), "-", "-", escape(why)])
-            p.append(float("nan"))
-        else:
-            interval = f"{mean - half:+.2f} to {mean + half:+.2f}" if n >= 3 else "-"
-            rows.append([label, str(n), f"{mean:+.2f}", interval, verdict(n, mean, half)])
-            p.append(p_value(ours, theirs))
-    cells = ["-" if np.isnan(value) else f"{value:.3f}" for value in holm(p)]
-    rows = [[*row[:4], cell, row[4]] for row, cell in zip(rows, cells, strict=True)]
-    header = ["task, method", "pairs", "difference", "95 % interval", "p (Holm)", "against LoRA"]
-    return table(header, rows) if rows else ""
-
-
-# What has to agree before runs are paired: else a difference says nothing of the method.
-TO_AGREE = (
-    "model_name_or_path",
-    "max_train_samples",
-    "max_eval_samples",
-    "heldout_split",
-    "num_train_epochs",
-    "max_steps",
-)
-
-
-def unlike_settings(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[str]:
-    """Settings in which two methods' runs differ, though a comparison needs them alike; with both values."""
-
-    def values(runs: pd.DataFrame, name: str) -> set[str]:
-        return {brief(run.arguments[name]) for run in runs["run"] if name in run.arguments}
-
-    def rows_of(runs: pd.DataFrame, kind: str) -> set[str]:
-        return {f"{run.data.get('metrics', {}).get(f'{kind}_samples', '?')}" for run in runs["run"]} - {"?"}
-
-    found = [(name, values(ours, name), values(theirs, name)) for name in TO_AGREE]
-    found += [(f"{kind} rows", rows_of(ours, kind), rows_of(theirs, kind)) for kind in ("train", "eval")]
-    return [
-        f"{name} {', '.join(sorted(a))} against {', '.join(sorted(b))}" for name, a, b in found if a and b and a != b
-    ]
 
 
 def stage_table(runs: Sequence[Run]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from math import comb
+from math import comb, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,43 @@ def expected_best(scores: Sequence[float], metric: str = "") -> list[float]:
     subsets whose best it is, is C(i - 1, k - 1) / C(n, k) (Show Your Work, arXiv 1909.03004, without its bias; Tang et
     al. 2020).
     """
+    return [mean for mean, _ in best_of_trials(scores, metric)]
+
+
+def best_of_trials(scores: Sequence[float], metric: str = "") -> list[tuple[float, float]]:
+    """Mean and standard deviation of the best score over all subsets of k trials, for k = 1 to their number."""
     order = sorted(scores, reverse=metric in SMALLER_IS_BETTER)
-    n = len(order)
-    return [sum(order[i - 1] * comb(i - 1, k - 1) for i in range(k, n + 1)) / comb(n, k) for k in range(1, n + 1)]
+    n, found = len(order), []
+    for k in range(1, n + 1):
+        share = [comb(i - 1, k - 1) / comb(n, k) for i in range(1, n + 1)]
+        mean = sum(s * score for s, score in zip(share, order, strict=True))
+        square = sum(s * (score - mean) ** 2 for s, score in zip(share, order, strict=True))
+        found.append((mean, sqrt(square)))
+    return found
+
+
+def trial_scores(choice: Mapping[str, Any]) -> list[float]:
+    """The trials' scores; a trial without a score counts with the worst one that was seen."""
+    known = [s["score"] for s in choice["scores"] if s["score"] is not None]
+    worst = max(known) if choice["metric"] in SMALLER_IS_BETTER else min(known)
+    return [worst if s["score"] is None else s["score"] for s in choice["scores"]]
+
+
+def scores_by_value(choice: Mapping[str, Any], flag: str) -> dict[str, list[float | None]]:
+    """Scores of the trials with each value of a flag, by value, the other tuned flags at the values chosen."""
+    others = {name: value for name, value in choice["values"].items() if name != flag}
+    found: dict[str, list[float | None]] = {}
+    for trial in choice["scores"]:
+        if flag in trial["values"] and all(trial["values"].get(name) == value for name, value in others.items()):
+            found.setdefault(trial["values"][flag], []).append(trial["score"])
+    return found
 
 
 def expected_table(tuning: Mapping[str, Any]) -> str:
-    """Expected best trial score against the number of trials; a trial without a score counts with the worst one."""
+    """Expected best trial score against the number of trials."""
     rows, longest = [], max(len(choice["scores"]) for choice in tuning["choices"])
     for choice in tuning["choices"]:
-        known = [s["score"] for s in choice["scores"] if s["score"] is not None]
-        worst = max(known) if choice["metric"] in SMALLER_IS_BETTER else min(known)
-        scores = [worst if s["score"] is None else s["score"] for s in choice["scores"]]
-        values = percent(choice["metric"], expected_best(scores, choice["metric"]))
+        values = percent(choice["metric"], expected_best(trial_scores(choice), choice["metric"]))
         cells = [f"{value:.2f}" for value in values] + ["-"] * (longest - len(values))
         rows.append([escape(f"{choice['task']}, {choice['method']}"), *cells])
     return table(["task, method", *(f"{k} trials" if k > 1 else "1 trial" for k in range(1, longest + 1))], rows)

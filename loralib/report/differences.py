@@ -1,0 +1,135 @@
+"""Each method against LoRA, on the same seeds and the same rows: as a table, and as one sentence a comparison."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from loralib.report.comparison import holm, p_value, paired, verdict
+from loralib.report.runs import brief
+from loralib.report.tables import WORDS, by_method, escape, metrics_of, scores, table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against LoRA on one task.
+
+    n: pairs of runs with one seed. mean, half: of their differences, in points of the metric, and the half width of the
+    paired 95 % interval. p: of the paired t test, corrected for the number of comparisons; NaN where there is none.
+    unlike: the settings that forbid the comparison, with both values.
+    """
+
+    task: str
+    name: str
+    metric: str
+    n: int
+    mean: float
+    half: float
+    p: float
+    unlike: Sequence[str] = ()
+
+    @property
+    def made(self) -> bool:
+        """Whether there is anything to compare."""
+        return self.n > 0 and not self.unlike
+
+    @property
+    def interval(self) -> str:
+        return f"{self.mean - self.half:+.2f} to {self.mean + self.half:+.2f}"
+
+    @property
+    def verdict(self) -> str:
+        if self.made:
+            return verdict(self.n, self.mean, self.half)
+        return (
+            f"not compared: {'; '.join(self.unlike)}" if self.n else "no LoRA run with these seeds and this grid point"
+        )
+
+
+def comparisons(runs: pd.DataFrame) -> list[Comparison]:
+    """Every method but LoRA against LoRA; p is corrected for their number (Holm)."""
+    found = []
+    for task, name, part in by_method(runs):
+        metrics = metrics_of(part)
+        if part["method"].iloc[0] == "lora" or not metrics:
+            continue
+        lora = baseline(runs, task, part["variant"].iloc[0])
+        ours, theirs = scores(part, metrics[0]), scores(lora, metrics[0])
+        one = Comparison(task, name, metrics[0], *paired(ours, theirs), float("nan"), unlike_settings(part, lora))
+        found.append(replace(one, p=p_value(ours, theirs)) if one.made else one)
+    corrected = holm([one.p for one in found])
+    return [replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
+
+
+def difference_table(found: Sequence[Comparison]) -> str:
+    """Pairs, mean difference, interval, p and a verdict; runs that differ in more than the method are no pair."""
+    rows = []
+    for one in found:
+        numbers = [f"{one.mean:+.2f}", one.interval if one.n >= 3 else "-"] if one.made else ["-", "-"]
+        p = "-" if np.isnan(one.p) else f"{one.p:.3f}"
+        rows.append([escape(f"{one.task}, {one.name}"), str(one.n), *numbers, p, escape(one.verdict)])
+    header = ["task, method", "pairs", "difference", "95 % interval", "p (Holm)", "against LoRA"]
+    return table(header, rows) if rows else ""
+
+
+def sentences(found: Sequence[Comparison]) -> list[str]:
+    """What can be said of each comparison, with the numbers that it rests on; no more than they carry."""
+    tests = sum(not np.isnan(one.p) for one in found)
+    return [_sentence(one, tests) for one in found]
+
+
+def _sentence(one: Comparison, tests: int) -> str:
+    unit = "squared error" if one.metric == "mse" else f"points of {WORDS.get(one.metric, one.metric)}"
+    seen = f"{one.mean:+.2f} {unit}"
+    if not one.made:
+        why = f"they differ in {'; '.join(one.unlike)}" if one.n else "no LoRA run has its seeds and grid point"
+        return f"On {one.task}, {one.name} is not compared with LoRA: {why}."
+    if one.n < 3:
+        pairs = "one pair of runs" if one.n == 1 else f"{one.n} pairs of runs"
+        return f"On {one.task}, nothing can be said of {one.name} against LoRA from {pairs} ({seen})."
+    numbers = f"95 % interval {one.interval}, {one.n} pairs of runs"
+    if abs(one.mean) <= one.half:
+        return (
+            f"On {one.task}, no difference between {one.name} and LoRA was seen ({seen}, {numbers}); any difference "
+            "within the interval remains possible."
+        )
+    direction = "higher" if one.mean > 0 else "lower"
+    claim = f"On {one.task}, {one.name} scored {abs(one.mean):.2f} {unit} {direction} than LoRA ({numbers}"
+    p = f"p = {one.p:.3f} after correction for {tests} comparison{'s' if tests > 1 else ''}"
+    if one.p < 0.05:
+        return f"{claim}; {p})."
+    return f"{claim}), but {p}: this is a hint and no finding."
+
+
+def baseline(runs: pd.DataFrame, task: str, variant: str) -> pd.DataFrame:
+    """The LoRA runs to compare with: those of the same grid point, or the only ones; else none."""
+    lora = runs[(runs["task"] == task) & (runs["method"] == "lora")]
+    return lora if lora["variant"].nunique() <= 1 else lora[lora["variant"] == variant]
+
+
+# What has to agree before runs are paired: else a difference says nothing of the method.
+TO_AGREE = (
+    "model_name_or_path",
+    "max_train_samples",
+    "max_eval_samples",
+    "heldout_split",
+    "num_train_epochs",
+    "max_steps",
+)
+
+
+def unlike_settings(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[str]:
+    """Settings in which two methods' runs differ, though a comparison needs them alike; with both values."""
+
+    def values(runs: pd.DataFrame, name: str) -> set[str]:
+        return {brief(run.arguments[name]) for run in runs["run"] if name in run.arguments}
+
+    def rows_of(runs: pd.DataFrame, kind: str) -> set[str]:
+        return {f"{run.data.get('metrics', {}).get(f'{kind}_samples', '?')}" for run in runs["run"]} - {"?"}
+
+    found = [(name, values(ours, name), values(theirs, name)) for name in TO_AGREE]
+    found += [(f"{kind} rows", rows_of(ours, kind), rows_of(theirs, kind)) for kind in ("train", "eval")]
+    return [
+        f"{name} {', '.join(sorted(a))} against {', '.join(sorted(b))}" for name, a, b in found if a and b and a != b
+    ]
