@@ -197,12 +197,14 @@ class RankAllocator:
         return sum(rank * size for rank, size in zip(self.kept_ranks().values(), sizes, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Importance and its uncertainty by parameter, and threshold and ranks of the last mask (ledger A8)."""
+        """Importance and its uncertainty by parameter, threshold and ranks of the last mask, the budget (ledger A8)."""
         keys = [f"{name}.lora_{kind}" for kind in "ABE" for name in self.names]
         state = {f"importance.{k}": t for k, t in zip(keys, self.importance, strict=True)}
         state |= {f"uncertainty.{k}": t for k, t in zip(keys, self.uncertainty, strict=True)}
         if self.threshold is not None and self._masked is not None:
             state |= {"threshold": self.threshold, "kept": (~self._masked).sum(1)}
+        if self.budget != self.total_rank:
+            state["budget"] = torch.tensor(self.budget)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -224,6 +226,7 @@ class RankAllocator:
                 tensor.copy_(found)
         device = self.E[0].device
         self.threshold = state["threshold"].to(device) if "threshold" in state else None
+        self.budget = int(state["budget"]) if "budget" in state else self.total_rank  # until the next step says
         self._masked = None
         if "kept" in state:  # how many of each matrix; the next mask says anew which
             self._masked = torch.arange(self.r, device=device) >= state["kept"].to(device).unsqueeze(1)

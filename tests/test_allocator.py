@@ -137,10 +137,11 @@ def test_allocator_state_goes_round() -> None:
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.scores(), other.scores()) and torch.equal(one.threshold, other.threshold)
     assert one.kept_ranks() == other.kept_ranks() == one.ranks() and sum(one.ranks().values()) < one.total_rank
-    older = {name: value for name, value in one.state_dict().items() if name != "kept"}  # importance is as at the mask
+    assert other.budget == one.budget < one.total_rank
+    older = {k: v for k, v in one.state_dict().items() if k not in ("kept", "budget")}  # importance is as at the mask
     other.restart()
     other.load_state_dict(older)
-    assert other.kept_ranks() == one.ranks()
+    assert other.kept_ranks() == one.ranks() and other.budget == other.total_rank
     broken = one.state_dict()
     broken.pop("importance.layers.0.lora_A")
     with pytest.raises(InputError, match=r"importance\.layers\.0\.lora_A"):
