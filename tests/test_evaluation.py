@@ -123,6 +123,17 @@ def test_between_two_masks_the_history_has_what_the_last_mask_kept(inputs: Path,
     assert shown["Budget/nonzero_rank"] == [e["rank_nonzero"] for e in watched]
 
 
+def test_a_run_that_goes_on_after_its_last_step_has_the_budget_of_that_step(inputs: Path, tmp_path: Path) -> None:
+    flags = "--num_train_epochs 2 --init_warmup 2 --final_warmup 3 --save_strategy epoch --eval_strategy no"
+    record = train(inputs, tmp_path / "out", flags) / "run.json"
+    straight = json.loads(record.read_text())["history"]
+    record.unlink()  # as a kill in the evaluation at the end leaves the folder
+    train(inputs, tmp_path / "out", flags)
+    again = json.loads(record.read_text())["history"]
+    assert straight[-1]["budget"] == straight[-1]["rank_total"] == 2 * 12
+    assert again[-1] == straight[-1]
+
+
 def test_heldout_half_is_evaluated_whenever_the_other_is(finished: Path) -> None:
     run = json.loads((finished / "run.json").read_text())
     heldout = [e for e in run["history"] if "heldout_accuracy" in e]
