@@ -12,7 +12,7 @@ from loralib.errors import InputError
 from loralib.kernels.prepare import prepare_at_once
 from loralib.layers import LoRALinear
 
-# What the six names of `lora_module` mean in each family of models: suffixes of module names, as regular expressions.
+# What the six names of `lora_module` mean in the families of models: suffixes of module names, as regular expressions.
 ROLES: dict[str, tuple[str, ...]] = {
     "query": ("query_proj", "query", "q_lin", "q_proj"),
     "key": ("key_proj", "key", "k_lin", "k_proj"),
@@ -32,7 +32,7 @@ def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def is_head(name: str, prefix: str) -> bool:
-    """The head is what lies outside the backbone, and a pooler that lies inside it (ledger L1)."""
+    """Whether a parameter or module belongs to the head: it lies outside the backbone, or in its pooler (ledger L1)."""
     return bool(prefix) and (not name.startswith(f"{prefix}.") or f"{name}.".startswith(f"{prefix}.pooler."))
 
 
@@ -78,10 +78,10 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
 def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **settings: Any) -> list[str]:
     """Replace linear layers by adapted ones and freeze the rest of the backbone (ledger L1).
 
-    Afterwards the new factors and the head of a task train, nothing else (`mark_trainable`). Call it after
-    `from_pretrained` (models are built there without storage, which would lose the factors' values). Hooks on the
-    model's children prepare its layers for each forward all at once (loralib/kernels/prepare.py, which can take them
-    away).
+    Afterwards only the new factors and the head of a task train (`mark_trainable`). Call this function after
+    `from_pretrained` has returned: inside it models have no storage yet, and the factors would lose their values.
+    Hooks on the model's children prepare all its layers at once before each forward; loralib/kernels/prepare.py sets
+    them and can remove them.
 
     Args:
         model: a transformers model with a head.
@@ -95,7 +95,7 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
     Raises:
         InputError: a name matches nothing, a layer is quantised, or the model is adapted already.
     """
-    from loralib.peft import is_peft  # which needs Factors
+    from loralib.peft import is_peft  # imported here because loralib.peft imports Factors
 
     if is_peft(model):
         raise InputError("PEFT has adapted the model already: leave out the modules to adapt, or give a plain model.")
@@ -113,7 +113,11 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
 
 
 def put_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
-    """Put adapted layers, each made from the linear layer of its name, into a model, and freeze as `adapt` does."""
+    """Put adapted layers into a model and freeze the rest as `adapt` does.
+
+    Args:
+        layers: by module name, each made from the linear layer of that name.
+    """
     replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     # a model may hold one layer in several places
     for place, module in list(model.named_modules(remove_duplicate=False)):
@@ -129,9 +133,9 @@ def put_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
 
 
 def mark_trainable(model: nn.Module) -> None:
-    """Only the parameters of the adapter and the head train (ledger L1).
+    """Let the parameters of the adapter and the head train, and freeze all others (ledger L1).
 
-    What a language model has outside its body is pretrained and no head of a task: it stays frozen.
+    The output layer of a language model is pretrained and no head of a task, so it is frozen too.
     """
     prefix, _ = backbone_of(model)
     language = isinstance(getattr(model, "get_output_embeddings", lambda: None)(), nn.Module)
@@ -142,7 +146,7 @@ def mark_trainable(model: nn.Module) -> None:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter's name is one of an adapter's."""
+    """Whether a parameter belongs to an adapter, by its name."""
     return name.rpartition(".")[2].startswith("lora_")
 
 
@@ -153,15 +157,15 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 @dataclass(frozen=True)
 class Factors:
-    """The low-rank factors that a method works on, whoever made them: each list has one entry for each matrix.
+    """The low-rank factors that a method works on, from any library. Each list has one entry for each matrix.
 
     Attributes:
         names: how logs and records call the matrices.
         A: first factors, (r, in).
         B: second factors, (out, r).
-        between: what stands between the two, r numbers each: AdaLoRA's E (r, 1), SoRA's gates (1, r). The list is
-            empty where nothing does.
-        penalised: whether the model's own loss holds an orthogonality penalty on them, as that of PEFT's AdaLoRA does.
+        between: the r numbers between each pair: AdaLoRA's E (r, 1) or SoRA's gates (1, r). The list is empty for
+            plain products.
+        penalised: whether the model's own loss has an orthogonality penalty on them, as with PEFT's AdaLoRA.
     """
 
     names: list[str]
@@ -171,7 +175,7 @@ class Factors:
     penalised: bool = False
 
     def ranks(self) -> dict[str, int]:
-        """Directions that each matrix has left: r, or the non-zero numbers between its factors. Reads the device."""
+        """The rank that each matrix has left: r, or how many numbers between its factors are not 0. Reads the device."""
         if not self.between:
             return {name: a.shape[0] for name, a in zip(self.names, self.A, strict=True)}
         counts = torch.stack([d.detach().count_nonzero() for d in self.between]).tolist()
@@ -179,16 +183,16 @@ class Factors:
 
 
 def factors(source: nn.Module | Factors) -> Factors:
-    """The factors of all adapted layers of a model, in `named_modules` order; `Factors` are handed back as they are.
+    """The factors of all adapted layers of a model, in `named_modules` order. `Factors` are returned unchanged.
 
-    A model that Hugging Face PEFT has adapted gives those of its active adapter, see `loralib.peft`.
+    Of a model that Hugging Face PEFT has adapted, these are the factors of its active adapter (`loralib.peft`).
 
     Raises:
         InputError: the model has no adapted layer, or only some of its layers have something between the factors.
     """
     if isinstance(source, Factors):
         return source
-    from loralib.peft import is_peft, peft_factors  # which needs Factors
+    from loralib.peft import is_peft, peft_factors  # imported here because loralib.peft imports Factors
 
     if is_peft(source):
         return peft_factors(source)
@@ -209,7 +213,7 @@ def factors(source: nn.Module | Factors) -> Factors:
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
-    """Rank that remains in each adapted matrix: r, or the non-zero entries of what stands between the factors."""
+    """The rank that each adapted matrix has left: r, or how many numbers between its factors are not 0."""
     return {
         name: layer.r if (d := layer.diagonal()) is None else int(d.count_nonzero())
         for name, layer in adapted_layers(model)
@@ -220,12 +224,15 @@ def parameters(model: nn.Module) -> dict[str, Any]:
     """Exact parameter counts (ledger D3).
 
     Returns:
-        total, trainable (lora + head), lora, head: counts of elements, a shared parameter counted once; frozen, where
-        there are any: elements of factors that do not train, which total alone counts, too; remaining: elements of the
-        low-rank factors that are left when triplets or gates of value 0 are removed and the others folded into the
-        factors, which is rank (in + out) for each matrix and what an exported adapter holds, or, of a layer with frozen
-        factors, its trainable elements; modules: for each adapted matrix its trainable elements, rank and remaining
-        elements (a parameter that several matrices share counts for the first).
+        A dict of counts of elements; a shared parameter counts once.
+
+        - total, trainable (lora + head), lora, head.
+        - frozen: elements of factors that do not train, present if there are any. They are in no other count but total.
+        - remaining: what an exported adapter would hold of the factors, with triplets or gates of value 0 removed and
+          the others folded in: rank (in + out) for each matrix. For a layer with frozen factors: its trainable
+          elements.
+        - modules: for each adapted matrix its trainable elements, its rank and its remaining elements. A parameter that
+          several matrices share counts for the first of them.
     """
     prefix, _ = backbone_of(model)
     named = list(model.named_parameters())

@@ -17,13 +17,13 @@ class RankAllocator:
     step, while the clipped gradients are still there.
 
     Args:
-        source: a model adapted with `SVDLinear`, or the `Factors` of another library's triplets; all of one r.
-        target_rank: average number of singular values a matrix that remain, 1 <= target_rank < r.
-        target_total_rank: their total over all matrices; decides over target_rank when given.
-        init_warmup: steps at the start without any mask (paper: t_i); below 1 a fraction of all steps.
-        final_warmup: steps at the end at the target budget (paper: t_f); below 1 a fraction of all steps.
-        mask_interval: steps between masks in between (paper: Delta_T).
-        total_step: optimizer steps of the whole run (paper: T); None until `begin` is told.
+        source: a model adapted with `SVDLinear`, or the `Factors` of another library's triplets; all have the same r.
+        target_rank: average number of singular values that a matrix keeps, 1 <= target_rank < r.
+        target_total_rank: number of singular values that all matrices keep together; overrides target_rank.
+        init_warmup: steps at the start without a mask (paper: t_i); below 1 a fraction of all steps.
+        final_warmup: steps at the end with the target budget (paper: t_f); below 1 a fraction of all steps.
+        mask_interval: steps from one mask to the next between the two warm-ups (paper: Delta_T).
+        total_step: optimizer steps of the whole run (paper: T); None: `begin` will say it.
         beta1, beta2: decay of the averages of importance and of its uncertainty, in (0, 1).
 
     Raises:
@@ -53,7 +53,7 @@ class RankAllocator:
         self.total_rank = sum(e.shape[0] for e in self.E)
         self.target_total = check_budget(self.total_rank, len(self.names), target_rank, target_total_rank)
         self.warmups, self.mask_interval = (init_warmup, final_warmup), mask_interval
-        self.init_warmup, self.final_warmup = (int(value) for value in self.warmups)  # until `begin` is told
+        self.init_warmup, self.final_warmup = (int(value) for value in self.warmups)  # `begin` sets them anew
         self.beta1, self.beta2 = beta1, beta2
         self.total_step = 0
         if total_step is not None:
@@ -61,7 +61,7 @@ class RankAllocator:
         self.restart()
 
     def begin(self, total_step: int) -> None:
-        """Take the number of optimizer steps of the whole run, which the schedule of the budget depends on.
+        """Set the number of optimizer steps of the whole run; the budget's schedule depends on it.
 
         Raises:
             InputError: the two warm-ups leave no step in between (ledger A6).
@@ -71,16 +71,16 @@ class RankAllocator:
         self.total_step = total_step
 
     def restart(self) -> None:
-        """Forget all importance (a run that starts over)."""
+        """Forget all importance, since the run starts over."""
         self.parameters = [*self.A, *self.B, *self.E]
         self._averages: tuple[list[Tensor], list[Tensor]] | None = None
         self.budget = self.total_rank
         self.threshold: Tensor | None = None  # scalar on the device; None until the first mask
-        self._masked: Tensor | None = None  # (matrices, r) what the last mask zeroed, on the device
+        self._masked: Tensor | None = None  # (matrices, r) bool, the values that the last mask set to 0
 
     @property
     def importance(self) -> list[Tensor]:
-        """Ibar of every element of all A, then all B, then all E; zeros at first."""
+        """Ibar of every element: of all A, then of all B, then of all E. It begins with zeros."""
         return self._start()[0]
 
     @property
@@ -89,7 +89,7 @@ class RankAllocator:
         return self._start()[1]
 
     def _start(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Make the averages when they are first needed: by then the model is on the device where it trains."""
+        """Make the averages when they are first needed, because the model is on its final device only then."""
         if self._averages is None:
             full = [torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype for p in self.parameters]
             zeros = [torch.zeros_like(p, dtype=t) for p, t in zip(self.parameters, full, strict=True)]
@@ -107,31 +107,31 @@ class RankAllocator:
         return budget, step % self.mask_interval == 0
 
     def at_target(self, steps: int) -> bool:
-        """Whether the model after `steps` optimizer steps is one of the final phase, masked to the target budget.
+        """Whether the model after `steps` optimizer steps is masked to the target budget of the final phase.
 
-        The final phase begins with step T - t_f. Between two masks the values that were zeroed grow again, so that the
-        last of the steps must have masked.
+        The final phase begins with step T - t_f. Values that a mask has set to 0 grow again at the next step, so the
+        last of these steps must have masked.
         """
         last = steps - 1
         return last >= self.total_step - self.final_warmup and self.schedule(last) == (self.target_total, True)
 
     @torch.no_grad()
     def step(self, step: int, gradients_valid: bool = True) -> bool:
-        """Update importance and mask what falls out of the budget.
+        """Update the importance, and set the singular values that fall out of the budget to 0.
 
         Args:
-            step: number of the optimizer step that was just made, before it is counted (0 for the first).
-            gradients_valid: False for a step that a gradient scaler skipped: importance stays (ledger A7).
+            step: index of the optimizer step that was just made (0 for the first).
+            gradients_valid: False if a gradient scaler skipped the step; then the importance stays (ledger A7).
 
         Returns:
             Whether a mask was applied.
 
         Raises:
-            RuntimeError: the number of steps of the run is not known: call `begin` first.
+            RuntimeError: `begin` has not been called, so the number of steps of the run is not known.
         """
         if not self.total_step:
             raise RuntimeError("the schedule of the budget is not known yet: call begin(total_step) before step")
-        # ledger A2 and A3: not at step 0, not in the final phase
+        # Importance is not updated at step 0 (ledger A2), nor in the final phase (ledger A3).
         if gradients_valid and 0 < step < self.total_step - self.final_warmup:
             self._update_importance()
         self.budget, masked = self.schedule(step)
@@ -142,7 +142,7 @@ class RankAllocator:
     def _update_importance(self) -> None:
         """I = |p grad|; Ibar and U are its average and the average of |I - Ibar| (ledger A1; paper eq. 8 to 10)."""
         importance, uncertainty = self._start()
-        # a factor that the forward has not used has no gradient, and no importance from this step
+        # A factor that the forward has not used has no gradient, so this step adds nothing to its importance.
         gradients: list[Any] = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         products = list(torch._foreach_mul([p.detach() for p in self.parameters], gradients))
         torch._foreach_abs_(products)
@@ -154,7 +154,7 @@ class RankAllocator:
         torch._foreach_lerp_(uncertainty, deviations, 1 - self.beta2)
 
     def scores(self) -> Tensor:
-        """Score of every triplet, (matrices, r) (ledger A5; paper eq. 7, 11): E's, A's row mean, B's column mean."""
+        """Score of every triplet, (matrices, r): that of E plus A's row mean and B's column mean (A5; eq. 7, 11)."""
         scores = torch._foreach_mul(self.importance, self.uncertainty)
         n = len(self.names)
         score = torch.stack(scores[2 * n :]).squeeze(2)
@@ -183,10 +183,10 @@ class RankAllocator:
         return dict(zip(self.names, counts, strict=True))
 
     def kept_ranks(self) -> dict[str, int]:
-        """Singular values of each matrix that the last mask has kept; all of them before the first. Reads the device.
+        """How many singular values of each matrix the last mask has kept; r before the first mask. Reads the device.
 
-        The optimizer moves a value that was zeroed away from 0 again at its next step, so that between two masks
-        `ranks` counts more than these, up to all of them.
+        The optimizer moves masked values away from 0 at its next step. So between two masks `ranks` counts more values
+        than this method, up to all of them.
         """
         counts = [self.r] * len(self.names) if self._masked is None else (~self._masked).sum(1).tolist()
         return dict(zip(self.names, counts, strict=True))
@@ -197,7 +197,7 @@ class RankAllocator:
         return sum(rank * size for rank, size in zip(self.kept_ranks().values(), sizes, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Importance and its uncertainty by parameter, threshold and ranks of the last mask, the budget (ledger A8)."""
+        """Importance and uncertainty by parameter; threshold, ranks and budget of the last mask (ledger A8)."""
         keys = [f"{name}.lora_{kind}" for kind in "ABE" for name in self.names]
         state = {f"importance.{k}": t for k, t in zip(keys, self.importance, strict=True)}
         state |= {f"uncertainty.{k}": t for k, t in zip(keys, self.uncertainty, strict=True)}
@@ -208,7 +208,7 @@ class RankAllocator:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state of `state_dict`.
+        """Go on from what `state_dict` returned.
 
         Raises:
             InputError: a tensor is missing or of another shape; the message names it.
@@ -226,16 +226,20 @@ class RankAllocator:
                 tensor.copy_(found)
         device = self.E[0].device
         self.threshold = state["threshold"].to(device) if "threshold" in state else None
-        self.budget = int(state["budget"]) if "budget" in state else self.total_rank  # until the next step says
+        self.budget = int(state["budget"]) if "budget" in state else self.total_rank  # the next step sets it anew
         self._masked = None
-        if "kept" in state:  # how many of each matrix; the next mask says anew which
+        if "kept" in state:  # how many of each matrix were kept, not which: the next mask chooses anew
             self._masked = torch.arange(self.r, device=device) >= state["kept"].to(device).unsqueeze(1)
-        elif self.threshold is not None:  # an older file; exact in the final phase
+        elif self.threshold is not None:  # an older file; in the final phase this is exact
             self._masked = self.scores() <= self.threshold
 
 
 def check_budget(total: int, matrices: int, target_rank: int | None, target_total_rank: int | None) -> int:
-    """The total target rank, refused where it prunes nothing or contradicts itself (ledger A6)."""
+    """The total target rank (ledger A6).
+
+    Raises:
+        InputError: the targets prune nothing, leave nothing, or contradict each other.
+    """
     r = total // matrices
     if target_rank is None and target_total_rank is None:
         raise InputError(
@@ -258,7 +262,7 @@ def check_budget(total: int, matrices: int, target_rank: int | None, target_tota
 
 
 def whole_steps(value: float, total_step: int) -> int:
-    """A number of steps, or the nearest one to a fraction of all steps, which a value below 1 is."""
+    """A number of steps: `value` itself, or, if it is below 1, the nearest number to that fraction of all steps."""
     return round(value * total_step) if value < 1 else int(value)
 
 

@@ -1,4 +1,4 @@
-"""What ends a run with one sentence: a user's mistake, or a run that cannot go on."""
+"""The errors that end a run with one sentence: mistakes of a user, and runs that cannot go on."""
 
 import os
 
@@ -6,16 +6,17 @@ import os
 class InputError(ValueError):
     """Bad input from the user: one sentence that says what is wrong, the value, the allowed range and the way out.
 
-    Entry points and scripts print the sentence and exit with status 2; a traceback is for this project's own mistakes.
+    Entry points and scripts print the sentence and exit with status 2. Only a mistake of this project prints a
+    traceback.
     """
 
     exit_status = 2
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on (disk full, say): one sentence that says where, and what is left of it.
+    """A run that cannot go on, for instance because the disk is full. The sentence says where, and what is left of it.
 
-    Entry points print the sentence and exit with `exit_status`; `status` is what `run.json` says.
+    Entry points print the sentence and exit with `exit_status`. `status` is the run's status in `run.json`.
     """
 
     exit_status = 3
@@ -23,18 +24,18 @@ class RunError(RuntimeError):
 
 
 class RunDiverged(RunError):
-    """A loss or a gradient is not finite any more."""
+    """A loss or a gradient is no longer finite."""
 
     status = "diverged"
 
 
 class RunInterrupted(RunError):
-    """SIGTERM came: the step was finished and a checkpoint written. 143 = 128 + 15, as a shell reports SIGTERM."""
+    """SIGTERM came; the step was finished and a checkpoint written. A shell reports SIGTERM as 143 = 128 + 15."""
 
     exit_status = 143
     status = "interrupted"
 
 
 def path_of(error: OSError) -> str | None:
-    """The path that the system's error is about; None where it names none, as for a write to an open file."""
+    """The path that an error of the system names. None if it names none, as for a write to an open file."""
     return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None

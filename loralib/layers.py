@@ -1,8 +1,9 @@
 """Adapted linear layers: a frozen weight plus a trainable product of two low-rank factors.
 
-Every layer is an `nn.Linear` whose parameters keep their place and name (`weight`, `bias`). What it adds carries the
-names of the released state dicts: `lora_A` (r, in), `lora_B` (out, r), `lora_E` (r, 1), `ranknum` (1,),
-`lora_gate` (1, r). Write a variant as a subclass of `LoRALinear`: what it trains has a name that begins with `lora_`.
+Every layer is an `nn.Linear` whose parameters keep their place and name (`weight`, `bias`). The tensors that it adds
+have the names of the released state dicts: `lora_A` (r, in), `lora_B` (out, r), `lora_E` (r, 1), `ranknum` (1,),
+`lora_gate` (1, r). Write a variant as a subclass of `LoRALinear`, and let the name of each parameter that it trains
+begin with `lora_`.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from loralib.kernels import low_rank
 class LoRALinear(nn.Linear):
     """LoRA (arXiv 2106.09685, eq. 3), the `frd` layer: y = x W^T + b + (alpha / r) x A^T B^T.
 
-    Takes over the parameters of `linear` (the same objects, so nothing is copied and names stay). A ~ N(0, init_std),
-    B = 0, so a fresh layer equals the linear it replaces (ledger L2, L3). Freezing is `adapt`'s business.
+    The layer takes over the parameters of `linear`: they stay the same objects under the same names. At the start
+    A ~ N(0, init_std) and B = 0, so a fresh layer computes what the linear layer computed (ledger L2, L3). It freezes
+    nothing; `adapt` does.
 
     Args:
         linear: the layer to adapt, (in -> out).
@@ -29,14 +31,14 @@ class LoRALinear(nn.Linear):
         init_std: standard deviation of the initial factors.
     """
 
-    # Name of the parameter that stands between the factors, r numbers; None where nothing does.
+    # Name of the parameter with the r numbers between the factors; None where there are none.
     between: str | None = None
-    # Names of factors (`lora_...`) that do not train, and of those that all layers of one shape hold in common.
+    # Names of factors (`lora_...`) that do not train, and of factors that all layers of one shape share.
     frozen: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    # The first values of `weight` as it was pretrained, where `reset_lora_parameters` has changed it.
+    # The first values of the pretrained `weight`, if `reset_lora_parameters` has changed it.
     pretrained: Tensor | None = None
-    # What loralib.kernels.prepare computed for the next use of the layer: a dtype; weight, bias, d A and B.
+    # What loralib.kernels.prepare has computed for the next use of the layer: a dtype, then weight, bias, d A and B.
     prepared: tuple[torch.dtype | None, Sequence[Any]] | None = None
 
     def __init__(
@@ -61,7 +63,7 @@ class LoRALinear(nn.Linear):
         return self.lora_alpha / self.r
 
     def add_parameters(self, **like: Any) -> None:
-        """Hook for a variant: register what it trains beside A and B. `like`: device and dtype."""
+        """Register what a variant trains beside A and B. `like` holds device and dtype."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the adapter adds to the linear layer, by name: those whose names begin with `lora_`."""
@@ -73,10 +75,13 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B)
 
     def _keep_start(self, before: Tensor) -> None:
-        """Keep what a start like PiSSA's has taken out of `weight`, (out, in) before it, for checkpoints and exports.
+        """Keep what a start such as PiSSA's has taken out of `weight`; checkpoints and exports need it.
 
-        Where the fresh layer computes what the linear layer did, the initial factors say it, as buffers
-        `lora_A_start` (r, in) and `lora_B_start` (out, r).
+        If the fresh layer computes what the linear layer computed, the start took out the product of the initial
+        factors. They are kept as buffers `lora_A_start` (r, in) and `lora_B_start` (out, r).
+
+        Args:
+            before: (out, in), the weight before the start.
         """
         self.pretrained = before.reshape(-1)[:64]
         tolerance = 1e-2 if before.dtype in (torch.float16, torch.bfloat16) else 1e-4
@@ -88,7 +93,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def move_start(self, a: Tensor, b: Tensor) -> None:
-        """Change `weight` as if the start had been with the factors a (r, in) and b (out, r)."""
+        """Change `weight` to what it would be if the layer had started with the factors a (r, in) and b (out, r)."""
         own_a, own_b = self.get_buffer("lora_A_start"), self.get_buffer("lora_B_start")
         a, b = a.to(own_a), b.to(own_b)
         if not (torch.equal(a, own_a) and torch.equal(b, own_b)):
@@ -97,7 +102,7 @@ class LoRALinear(nn.Linear):
             own_b.copy_(b)
 
     def diagonal(self) -> Tensor | None:
-        """What stands between the factors, (r,), or None for ones."""
+        """The numbers between the factors, (r,); None stands for ones."""
         return None if self.between is None else getattr(self, self.between).view(-1)
 
     def delta_weight(self) -> Tensor:
@@ -106,13 +111,13 @@ class LoRALinear(nn.Linear):
         return self.scaling * (self.lora_B @ (self.lora_A if d is None else d.unsqueeze(1) * self.lora_A))
 
     def train(self, mode: bool = True) -> "LoRALinear":
-        self.prepared = None  # a forward that was interrupted may have left it
+        self.prepared = None  # an interrupted forward may have left it
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
         """y = x W^T + b + s (z A^T d) B^T, where z is x, in training after dropout, and d is the `diagonal`."""
         if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-            return low_rank.forward(self, x)  # computes what follows in fewer operations
+            return low_rank.forward(self, x)  # computes the lines below in fewer operations
         z = F.dropout(x, self.lora_dropout, self.training)
         u = F.linear(z, self.lora_A)  # (..., r)
         d = self.diagonal()
@@ -126,8 +131,8 @@ class LoRALinear(nn.Linear):
 class SVDLinear(LoRALinear):
     """AdaLoRA's triplets (arXiv 2303.10512, eq. 3), the `svd` layer: y = x W^T + b + alpha / (r + 1e-5) x (E A)^T B^T.
 
-    E = 0 and A, B ~ N(0, init_std) at the start. E (r, 1) holds the singular values, of which the allocator zeroes
-    some. `ranknum` (1,) is r and does not change when they are pruned (ledger L3).
+    At the start E = 0 and A, B ~ N(0, init_std). E (r, 1) holds the singular values; the allocator sets some of them to
+    0. `ranknum` (1,) is r, and stays r when values are pruned (ledger L3).
     """
 
     between = "lora_E"
@@ -150,7 +155,8 @@ class SVDLinear(LoRALinear):
 class GatedLinear(LoRALinear):
     """SoRA's gated factors (arXiv 2311.11696, eq. 4): y = x W^T + b + (alpha / r) (x A^T * gate) B^T.
 
-    gate (1, r) ~ N(0, 1), A ~ N(0, init_std), B = 0 at the start (ledger L2). The optimizer's threshold zeroes gates.
+    At the start gate (1, r) ~ N(0, 1), A ~ N(0, init_std) and B = 0 (ledger L2). The optimizer's threshold sets gates
+    to 0.
     """
 
     between = "lora_gate"
@@ -164,7 +170,7 @@ class GatedLinear(LoRALinear):
         nn.init.normal_(self.lora_gate)
 
 
-# The factors that a start took out of the frozen weight, in files.
+# Names, in files, of the factors whose product a start took out of the frozen weight.
 START = ("lora_A_start", "lora_B_start")
-# What may stand between the factors in the layers of this project, by the name of the parameter, also in files.
+# Names, in files too, of the parameters that stand between the factors in the layers of this project.
 DIAGONALS: tuple[str, ...] = tuple(kind.between for kind in (SVDLinear, GatedLinear) if kind.between)

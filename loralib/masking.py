@@ -10,16 +10,16 @@ from loralib.errors import InputError
 
 
 class RandomMask:
-    """Lets `random_rank` of the r directions of each matrix receive a gradient, drawn anew at each key.
+    """Lets only `random_rank` of the r directions of each matrix receive a gradient. Each key has its own draw.
 
-    A direction is a row of A and a column of B. v1 draws once for a matrix and uses it for both; v2 draws for A and
-    for B (ledger R4). A direction that is not drawn gets a zero gradient, which still enters Adam: it moves on by
-    momentum (ledger R6). Draws depend on (seed, key) alone, so they are the same on every rank and after a resume
-    (ledger R5).
+    A direction is a row of A or a column of B. v1 makes one draw for a matrix and uses it for A and B; v2 makes one
+    draw for A and one for B (ledger R4). A direction that is not drawn gets the gradient 0. Adam still sees this 0, so
+    the direction moves on by momentum (ledger R6). A draw depends on seed and key alone, so that every process and
+    every resumed run makes the same one (ledger R5).
 
     Args:
         source: an adapted model, or the `Factors` of any library's layers.
-        random_rank: number of directions that stay, from 1 to the smallest r.
+        random_rank: number of directions that are drawn, from 1 to the smallest r.
         version: "v1" or "v2".
         seed: seed of the run.
 
@@ -43,27 +43,27 @@ class RandomMask:
             raise InputError(f"random_rank is {random_rank}, it must lie in 1 to {least} (lora_r).")
         self.random_rank, self.version, self.seed = random_rank, version, seed
         self.drawn: tuple[object, Tensor] | None = None  # the last key and its masks
-        self._buffers: list[Tensor] = []  # the masks in the shapes of the gradients, on their device
+        self._buffers: list[Tensor] = []  # the masks, in the shapes and on the device of the gradients
 
     def draw(self, key: int) -> Tensor:
-        """Which directions of A and of B are kept, (2, matrices, r) of zeros and ones on the CPU.
+        """Draw the directions of A and of B that are kept: (2, matrices, r) of zeros and ones, on the CPU.
 
         Args:
-            key: number of the optimizer step, or of completed epochs.
+            key: index of the optimizer step, or number of completed epochs.
         """
-        # one stream for each (seed, key): the large odd factor keeps neighbouring seeds from sharing streams
+        # Each (seed, key) has a stream of its own: the large odd factor keeps neighbouring seeds from sharing one.
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + key) % 2**63)
         noise = torch.rand(2 if self.version == "v2" else 1, len(self.names), self.r, generator=generator)
-        if min(self.ranks) < self.r:  # what lies beyond a matrix's own r is never among the smallest
+        if min(self.ranks) < self.r:  # places beyond a matrix's own r are never among the smallest
             noise[:, torch.arange(self.r) >= torch.tensor(self.ranks).unsqueeze(1)] = 2.0
         kept = noise.argsort(dim=-1)[..., : self.random_rank]
         return torch.zeros_like(noise).scatter_(-1, kept, 1.0).expand(2, -1, -1)
 
     @torch.no_grad()
     def apply(self, key: int) -> None:
-        """Zero the gradients of the directions that are not drawn for `key`.
+        """Set the gradients of the directions that are not drawn for `key` to 0.
 
-        A factor that the forward has not used, whose gradient is None, is left alone.
+        A factor without a gradient, because the forward has not used it, is left alone.
         """
         gradients: list[Any] = [p.grad for p in (*self.A, *self.B)]
         if not self._buffers:
@@ -79,11 +79,11 @@ class RandomMask:
         torch._foreach_mul_(gradients, buffers)
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the gradients of all factors together, a scalar on their device."""
+        """The norm of the gradients of all factors together: a scalar on their device."""
         return torch.nn.utils.get_total_norm([p.grad for p in (*self.A, *self.B) if p.grad is not None])
 
     def _fill(self, masks: Tensor) -> None:
-        """Spread (2, matrices, r) over buffers of the gradients' shapes: one multiplication then masks everything."""
+        """Spread the draw (2, matrices, r) over the buffers, so that one multiplication masks all gradients."""
         device = self._buffers[0].device
         if device.type == "cuda":
             masks = masks.contiguous().pin_memory()

@@ -40,7 +40,7 @@ from loralib.sparse import SparseAdamW, gate_l1
 
 
 class Stateful(Protocol):
-    """A piece of a method whose state belongs into a checkpoint (an allocator, say)."""
+    """A piece of a method, such as an allocator, whose state belongs into a checkpoint."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -50,34 +50,35 @@ class Stateful(Protocol):
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What a method does at a place where it does nothing."""
+    """Do nothing: the default of a method's hooks."""
 
 
 @dataclass
 class Method:
-    """One row of the table above. A method that leaves a field as it is does nothing there.
+    """One row of the table above. The default of each field is to do nothing.
 
     Attributes:
         name: the name in logs, records and reports.
-        model: the adapted model; None where only factors were handed in.
-        factors: the matrices that it works on; None for full fine-tuning.
+        model: the adapted model; None if the method was given factors alone.
+        factors: the matrices that the method works on; None for full fine-tuning.
         penalty: returns the loss term without its weight, a scalar.
         penalty_coef: weight of the loss term; with 0 it is not computed (ledger L7).
         penalty_name: name under which the loss term is logged, without its weight.
-        begin: begin(total_steps) is called once before the first step. It raises InputError where the method's
-            schedule does not fit into so many optimizer steps.
+        begin: begin(total_steps) is called once before the first step. It raises InputError if the method's schedule
+            does not fit into this number of optimizer steps.
         before_step: before_step(step, epoch=0, measure=False) is called after clipping and before the optimizer's step
-            `step` (0 for the first) of epoch `epoch`. `measure`: this step is logged, so `scalars` may report on it.
+            `step` (0 for the first) of epoch `epoch`. `measure` is True if this step is logged, so that `scalars` may
+            report on it.
         after_step: after_step(step, gradients_valid=True) is called right after the optimizer's step, while the
-            gradients are still there. `gradients_valid`: False where a gradient scaler skipped the step.
-        optimizer_class: optimizer that the method needs.
+            gradients are still there. `gradients_valid` is False if a gradient scaler skipped the step.
+        optimizer_class: the optimizer that the method needs.
         own_groups: parameter groups with settings of their own (SoRA's gates).
-        state: pieces whose state a checkpoint keeps, by name.
-        scalars: numbers to log, by the name that TensorBoard shows. It reads the device.
-        log_every: number of optimizer steps from one such log to the next; None: whenever the loss is logged.
-        complaint: a sentence if the adapter has come to nothing, else None. It reads the device.
-        facts: what the record of a run says of the method once it is over. It reads the device.
-        plan: plan(total_steps) is a sentence about what the method will do in a run, "" for none.
+        state: the pieces whose state a checkpoint keeps, by name.
+        scalars: returns numbers to log, by their names in TensorBoard. It reads the device.
+        log_every: number of optimizer steps from one such log to the next; None: they are logged with the loss.
+        complaint: returns a sentence if the adapter adds nothing any more, otherwise None. It reads the device.
+        facts: returns what the record of a finished run says about the method. It reads the device.
+        plan: plan(total_steps) returns a sentence about what the method will do in a run; "" for none.
     """
 
     name: str
@@ -99,9 +100,9 @@ class Method:
     plan: Callable[[int], str] = lambda total_steps: ""
 
     def loss(self) -> Tensor | float:
-        """The weighted loss term, to add to the task's loss: a scalar, 0.0 for none.
+        """The weighted loss term, a scalar to add to the task's loss; 0.0 if the method has none.
 
-        With gradient accumulation, add it to the loss of each micro-batch before that is divided.
+        With gradient accumulation, add it to the loss of each micro-batch before you divide that loss.
         """
         return self.penalty_coef * self.penalty() if self.penalty is not None and self.penalty_coef else 0.0
 
@@ -113,14 +114,14 @@ class Method:
         weight_decay: float = 0.0,
         decayed: Container[str] | None = None,
     ) -> Any:
-        """The method's optimizer over everything in the model that trains.
+        """Make the method's optimizer, for all parameters of the model that train.
 
         Args:
-            lr, betas, eps, weight_decay: as torch's AdamW; the method's own groups may say otherwise (ledger S3).
-            decayed: names of the parameters that decay; None: those of two dimensions or more.
+            lr, betas, eps, weight_decay: as for torch's AdamW; the method's own groups may override them (ledger S3).
+            decayed: names of the parameters that decay; None: all of two dimensions or more.
 
         Raises:
-            InputError: there is no model, so which parameters train is not known here.
+            InputError: the method has factors and no model, so it does not know which parameters train.
         """
         if self.model is None:
             raise InputError(f"{self.name} has factors and no model: give their parameters to an optimizer yourself.")
@@ -136,7 +137,7 @@ class Method:
 
 
 def full_fine_tuning(model: nn.Module) -> Method:
-    """Every parameter trains, and nothing is adapted."""
+    """Full fine-tuning: every parameter trains, and no layer is adapted."""
     return Method("full", model)
 
 
@@ -148,19 +149,19 @@ def lora(
     triplets: bool = False,
     **settings: Any,
 ) -> Method:
-    """LoRA (arXiv 2106.09685), on request with a penalty on directions that are not orthogonal.
+    """LoRA (arXiv 2106.09685), if you like with a penalty on directions that are not orthogonal.
 
     Args:
-        model: the model to adapt; or one that is adapted already, by `adapt` or by Hugging Face PEFT, or its `Factors`,
-            where `modules` is None.
-        modules: which layers to adapt, see `adapt.match_modules`.
-        reg_orth_coef: weight of the penalty: on cosines between directions (ledger L6), or with `triplets` on
-            A A^T - I and B^T B - I (ledger L5).
+        model: the model to adapt. Without `modules`: a model that `adapt` or Hugging Face PEFT has adapted already, or
+            its `Factors`.
+        modules: the layers to adapt, see `adapt.match_modules`.
+        reg_orth_coef: weight of the penalty on cosines between directions (ledger L6); with `triplets` on A A^T - I and
+            B^T B - I (ledger L5).
         triplets: use AdaLoRA's layer, and keep all its singular values.
         settings: arguments of the layer: r, lora_alpha, lora_dropout, init_std.
 
     Raises:
-        InputError: see `adapt` and `adapt.factors`; no method takes an adapted model and settings of layers.
+        InputError: see `adapt` and `adapt.factors`; or `settings` are given for a model that is adapted already.
     """
     of = _factors(model, SVDLinear if triplets else LoRALinear, modules, settings, reg_orth_coef)
     return Method(
@@ -194,10 +195,10 @@ def adalora(
         model, modules, settings: as `lora`. The layers are `SVDLinear`; factors need E (r, 1) between them.
         target_rank, target_total_rank, init_warmup, final_warmup, mask_interval, beta1, beta2: see `RankAllocator`.
         reg_orth_coef: weight of the penalty on A A^T - I and B^T B - I (ledger L5).
-        log_every: steps between two logs of budget and ranks; None: whenever the loss is logged.
+        log_every: steps from one log of budget and ranks to the next; None: they are logged with the loss.
 
     Raises:
-        InputError: as `lora`; a budget or a schedule that cannot be (ledger A6).
+        InputError: as `lora`; or the budget or the schedule is impossible (ledger A6).
     """
     of = _factors(model, SVDLinear, modules, settings, reg_orth_coef)
     allocator = RankAllocator(
@@ -262,18 +263,18 @@ def sora(
     as_released: bool = False,
     **settings: Any,
 ) -> Method:
-    """SoRA (arXiv 2311.11696): gates between the factors, of which the optimizer makes many 0.
+    """SoRA (arXiv 2311.11696): gates between the factors; the optimizer sets many of them to 0.
 
     Args:
         model, modules, settings: as `lora`. The layers are `GatedLinear`; factors need gates between them.
-        threshold: what the proximal step after each optimizer step shrinks the gates by (flag `sparse_lambda_2`; eta
-            lambda of eq. 7).
+        threshold: by how much the proximal step after each optimizer step shrinks the gates (flag `sparse_lambda_2`;
+            eta lambda of eq. 7).
         sparse_lambda: weight of the gates' L1 norm in the loss (lambda of eq. 5; ledger S2).
         sparse_lr: learning rate of the gates; None: that of the other parameters (ledger S3).
-        as_released: shrink as the released code does (ledger S1).
+        as_released: shrink the gates as the released code does (ledger S1).
 
     Raises:
-        InputError: as `lora`; there are no gates.
+        InputError: as `lora`; or the model has no gates.
     """
     of = _factors(model, GatedLinear, modules, settings)
     if not of.between or any(gate.shape[0] != 1 for gate in of.between):
@@ -287,7 +288,7 @@ def sora(
     sizes = [a.shape[1] + b.shape[0] for a, b in zip(of.A, of.B, strict=True)]
 
     def remaining() -> int:
-        """Elements of A and B that belong to a gate other than 0."""
+        """Elements of A and B whose gate is not 0."""
         return sum(rank * size for rank, size in zip(of.ranks().values(), sizes, strict=True))
 
     def scalars() -> dict[str, float]:
@@ -327,20 +328,20 @@ def rm_lora(
     as_released: bool = False,
     **settings: Any,
 ) -> Method:
-    """RM-LoRA (arXiv 2407.12074): in each step some directions, drawn at random, receive a gradient.
+    """RM-LoRA (arXiv 2407.12074): in each step only some directions, drawn at random, receive a gradient.
 
     Args:
         model, modules, settings: as `lora`.
         random_rank: number of directions of each matrix that receive a gradient, 1 to r.
-        version: "v1" has one draw for the rows of A and the columns of B, "v2" a draw for each (ledger R4).
+        version: "v1" makes one draw for the rows of A and the columns of B, "v2" one draw for each (ledger R4).
         reg_orth_coef: weight of the penalty on A A^T - I and B^T B - I (ledger R7).
         mask_resample: "step" draws anew at each optimizer step, "epoch" at each epoch (ledger R3).
         seed: seed of the draws (ledger R5).
-        as_released: leave the first step unmasked, and from the second on also zero the gradient of everything else
-            in the model that trains, such as the head (ledger R1, R2).
+        as_released: do not mask the first step; from the second on, also set the gradients of all other parameters,
+            such as those of the head, to 0 (ledger R1, R2).
 
     Raises:
-        InputError: as `lora`; a value lies outside its range.
+        InputError: as `lora`; or a value lies outside its range.
     """
     of = _factors(model, LoRALinear, modules, settings, reg_orth_coef)
     mask = RandomMask(of, random_rank, version, seed)
@@ -390,7 +391,7 @@ def _factors(
     settings: Mapping[str, Any],
     penalty_coef: float = 0.0,
 ) -> Factors:
-    """Adapt a model where that is asked for, and find its factors."""
+    """Adapt the model if `modules` are given, and find its factors."""
     if modules is not None:
         if isinstance(model, Factors):
             raise InputError("factors are adapted already: leave out the modules to adapt.")

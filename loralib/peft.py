@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loralib.adapt import Factors
 from loralib.errors import InputError
 
-# What PEFT's LoRA may compute beside W + scaling B A: the switch in its config, and how a message calls it.
+# What PEFT's LoRA may compute beside W + scaling B A: the entry of its config, and its name in a message.
 MORE = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "a trained bias of B",
@@ -28,8 +28,8 @@ MORE = {
 
 
 def is_peft(model: nn.Module) -> bool:
-    """Whether the model holds layers of PEFT's."""
-    if sys.modules.get("peft") is None:  # who has not imported PEFT has no such model
+    """Whether the model has layers of PEFT."""
+    if sys.modules.get("peft") is None:  # without PEFT imported there can be no such model
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -39,19 +39,19 @@ def is_peft(model: nn.Module) -> bool:
 def peft_factors(model: nn.Module) -> Factors:
     """The factors of the active adapter of a model that PEFT has adapted with LoRA or AdaLoRA.
 
-    Other adapters, and what PEFT trains beside (`modules_to_save`, `bias`), are left alone. Matrices keep their
-    own r (`rank_pattern`) and scaling (`use_rslora`, `alpha_pattern`). AdaLoRA's `ranknum` is frozen here: it is a
-    constant, and PEFT makes it trainable where it moves an adapter to another device or dtype.
+    Other adapters, and what PEFT trains beside the factors (`modules_to_save`, `bias`), are left alone. Each matrix
+    keeps its own r (`rank_pattern`) and scaling (`use_rslora`, `alpha_pattern`). This function freezes AdaLoRA's
+    `ranknum`: it is a constant, but PEFT makes it trainable when it moves an adapter to another device or dtype.
 
     Args:
         model: from `get_peft_model` or `PeftModel.from_pretrained(..., is_trainable=True)`, or a transformers model
             after `add_adapter`.
 
     Returns:
-        A (r, in), B (out, r) and for AdaLoRA E (r, 1), in `named_modules` order; names are those of the base model.
+        A (r, in), B (out, r) and for AdaLoRA E (r, 1), in `named_modules` order, with the names of the base model.
 
     Raises:
-        InputError: the adapter is of another kind, computes more than W + scaling B A, adapts layers that are not
+        InputError: the adapter is of another kind, computes more than W + scaling B A, adapts a layer that is not
             linear, does not train, is merged, or is not the only active one.
     """
     from peft.tuners.adalora.layer import AdaLoraLayer
@@ -71,7 +71,7 @@ def peft_factors(model: nn.Module) -> Factors:
         if adapter in getattr(layer, "lora_embedding_A", ()):
             raise InputError(f"PEFT's adapter {adapter} adapts the embedding {name}: linear layers alone work here.")
         if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
-            continue  # a whole module that trains, or a layer of another adapter
+            continue  # it is a whole module that trains, or a layer of another adapter
         if layer.merged:
             raise InputError(f"PEFT's adapter {adapter} is merged into the weights: call unmerge_adapter first.")
         a: Any = layer.lora_A[adapter]
@@ -102,7 +102,11 @@ def peft_factors(model: nn.Module) -> Factors:
 
 
 def _refuse_more(adapter: str, config: Any) -> None:
-    """Refuse what no method of this project knows."""
+    """Refuse adapters that the methods of this project cannot train.
+
+    Raises:
+        InputError: names the setting.
+    """
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in ("LORA", "ADALORA"):
         raise InputError(f"PEFT's adapter {adapter} is of the kind {kind}: only LORA and ADALORA have factors A and B.")

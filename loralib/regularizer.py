@@ -1,6 +1,7 @@
-"""Orthogonality penalties: functions of low-rank factors, batched over the matrices of one shape, in float32 or better.
+"""Orthogonality penalties of low-rank factors, computed for all matrices of one shape at once, in float32 or better.
 
-`lora_A` holds directions as rows (r, in), `lora_B` as columns (out, r). Both penalties are a mean over all factors.
+The directions are the rows of `lora_A` (r, in) and the columns of `lora_B` (out, r). Both penalties are means over all
+factors.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 
 
 def _stacks(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> list[Tensor]:
-    """Every lora_A and every lora_B^T, as stacks (n, r, in or out), one for each shape."""
+    """Every lora_A and every lora_B^T, in one stack (n, r, in or out) for each shape."""
     groups: dict[torch.Size, list[Tensor]] = {}
     for rows in [*lora_A, *(b.t() for b in lora_B)]:
         groups.setdefault(rows.shape, []).append(rows)
@@ -21,7 +22,7 @@ def _stacks(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> list[Tensor]:
 
 @cache
 def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """I, (size, size), made once."""
+    """The unit matrix (size, size). It is made once."""
     return torch.eye(size, dtype=dtype, device=device)
 
 
@@ -46,8 +47,8 @@ def svd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
 def frd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
     """Mean over all factors of the mean absolute cosine between different directions of a factor (ledger L6).
 
-    For a Gram matrix G of d directions: (sum - trace) / (d^2 - d) of |G_ij| / (|g_i| |g_j| + 1e-30). One direction
-    alone (r = 1) gives 0. Gradients are finite at B = 0.
+    For the Gram matrix G of d directions g_i this is (sum - trace) / (d^2 - d) of |G_ij| / (|g_i| |g_j| + 1e-30). A
+    single direction (r = 1) gives 0. The gradients are finite at B = 0.
 
     Args, Returns: as `svd_penalty`.
     """
@@ -56,7 +57,7 @@ def frd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
         gram = torch.bmm(rows, rows.transpose(1, 2))
         d = gram.shape[-1]
         squares = gram.diagonal(dim1=1, dim2=2)  # (n, d)
-        # sqrt has an infinite slope at 0: a direction of length 0 contributes nothing, so it gets a constant instead
+        # sqrt has an infinite slope at 0. A direction of length 0 contributes nothing, so a constant takes its place.
         norms = squares.masked_fill(squares == 0, 1.0).sqrt().masked_fill(squares == 0, 0.0)
         cosines = gram.abs() / (norms.unsqueeze(2) * norms.unsqueeze(1) + 1e-30)
         off_diagonal = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)

@@ -1,8 +1,8 @@
-"""Access tokens that flags carry: whatever a program prints or writes shows `...` in their place.
+"""Access tokens in flags: everything that a program prints or writes shows `...` in their place.
 
-A parser calls `remember` with the value of every secret field, so that `hide` finds the value wherever it stands,
-however its flag was spelt. A program that hands flags on without parsing them (a sweep) calls `remember_command`, which
-knows a secret flag by its name, also with dashes or abbreviated.
+A parser calls `remember` with the value of every secret field. `hide` then finds the value in any text, in whatever way
+its flag was spelt. A program that passes flags on without parsing them, such as a sweep, calls `remember_command`,
+which recognises a secret flag by its name, also with dashes or abbreviated.
 """
 
 import re
@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 HIDDEN = "..."
-# Names of secret fields, and from how many letters on an abbreviation can mean no other flag.
+# Names of secret fields, each with the length from which an abbreviation can mean no other flag.
 SECRET_FIELDS = {"token": 3, "hub_token": 5, "push_to_hub_token": 12}
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")  # the form of the hub's own tokens
-LONG = 8  # a shorter value may occur within other words, and is hidden only where it stands alone
+LONG = 8  # a shorter value may be part of other words, so it is hidden only where it stands alone
 
 _values: set[str] = set()
 
@@ -34,7 +34,7 @@ def remember(value: object) -> None:
 
 def remember_command(words: Iterable[str]) -> None:
     """Remember the values of the secret flags of a command line."""
-    awaited = False  # the value of a secret flag
+    awaited = False  # whether the next word is the value of a secret flag
     for word in words:
         name, equals, value = word.partition("=")
         if word.startswith("--"):
@@ -47,7 +47,7 @@ def remember_command(words: Iterable[str]) -> None:
 
 
 def hide(value: Any) -> Any:
-    """`value` with `...` in place of every secret: in a text, or in the texts of a list or dict of JSON values."""
+    """A text with `...` in place of every secret; of a list or dict of JSON values, the same for all texts in it."""
     if isinstance(value, dict):
         return {hide(k): hide(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

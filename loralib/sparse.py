@@ -33,7 +33,7 @@ def soft_threshold_(values: Sequence[Tensor], threshold: float) -> None:
 
 
 def released_threshold_(values: Sequence[Tensor], threshold: float) -> None:
-    """The released code's shrink: three edits in sequence, so that also L < |p| < 2L ends at 0 (ledger S1)."""
+    """Shrink as the released code does: three edits in sequence, so that L < |p| < 2L ends at 0 too (ledger S1)."""
     for p in values:
         p.copy_(torch.where(p > threshold, p - threshold, p))
         p.copy_(torch.where(p < -threshold, p + threshold, p))
@@ -43,11 +43,11 @@ def released_threshold_(values: Sequence[Tensor], threshold: float) -> None:
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW as SoRA runs it, with a proximal step on the groups that have a `threshold`.
 
-    p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), then p -= lr weight_decay p, then p is shrunk by the
-    threshold, which is not multiplied by the learning rate (ledger S1, S3, S4). torch's AdamW adds eps after the bias
-    correction and decays first.
+    A step is p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), then p -= lr weight_decay p, then p is shrunk by
+    the threshold, which is not multiplied by the learning rate (ledger S1, S3, S4). torch's AdamW adds eps after the
+    bias correction, and decays first.
 
-    Groups and saved states of earlier versions call the threshold `sparse_lambda`; they are taken as they are.
+    In groups and saved states of earlier versions the threshold is called `sparse_lambda`; this is understood.
 
     Args:
         params: parameters or groups; a group may set lr, betas, eps, weight_decay, threshold, as_released.
@@ -55,8 +55,8 @@ class SparseAdamW(torch.optim.Optimizer):
         betas: decay of the averages.
         eps: added to sqrt(v).
         weight_decay: decoupled decay.
-        threshold: what the proximal step shrinks by (flag `sparse_lambda_2`), 0 for no such step.
-        as_released: use the released shrink instead of the soft threshold.
+        threshold: by how much the proximal step shrinks (flag `sparse_lambda_2`); 0: there is no such step.
+        as_released: shrink with `released_threshold_` instead of `soft_threshold_`.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class SparseAdamW(torch.optim.Optimizer):
 
 
 def _with_threshold(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group whose threshold has its name of today."""
+    """The parameter group, with the earlier name of the threshold replaced by today's."""
     return {"threshold" if key == "sparse_lambda" else key: value for key, value in group.items()}
 
 

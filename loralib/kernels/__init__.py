@@ -1,5 +1,5 @@
-"""Speed, and nothing else: the same numbers as plain torch gives, in fewer operations and with less memory.
+"""Speed and nothing else: the numbers of plain torch in fewer operations and with less memory.
 
-`low_rank` stands below `loralib.layers`, which calls it once; `prepare` and `deberta` stand above it. Without them
-every layer and every model computes the same.
+`loralib.layers` calls `low_rank` in one place. `prepare` and `deberta` use the layers. Without this package every layer
+and every model computes the same.
 """

@@ -1,7 +1,7 @@
-"""The product of an adapted layer in few operations: one node for base and low-rank part, and no copy of the output.
+"""The product of an adapted layer in few operations: one node for base and low-rank part, no copy of the output.
 
-`forward` is what `LoRALinear.forward` calls. The rest are its pieces, which `loralib.kernels.prepare` and
-`loralib.kernels.deberta` use too.
+`LoRALinear.forward` calls `forward`. The other functions are its pieces; `loralib.kernels.prepare` and
+`loralib.kernels.deberta` use them too.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# MKL, which torch.mm calls for float32 on a CPU, leaves half of what AMD's processors can do; oneDNN does not.
+# For float32 on a CPU torch.mm calls MKL, which reaches half of the speed of AMD's processors. oneDNN reaches it all.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_ONEDNN_FROM = 2**21  # multiplications; below, its call costs more than it saves
+_ONEDNN_FROM = 2**21  # multiplications; for fewer, the call costs more than it saves
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,16 +24,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     large = x.shape[0] * weight.numel() >= _ONEDNN_FROM and not torch.compiler.is_compiling()
     if large and _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled():
-        bias = None if bias is None else bias.contiguous()  # its strides are not looked at
+        bias = None if bias is None else bias.contiguous()  # the kernel ignores its strides
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes products in on the device of `x`; None where it is off, or unknown as on meta.
+    """The dtype in which autocast computes products on the device of `x`; None where it is off, or on meta.
 
-    torch's own question, `is_autocast_available`, is one that older versions of torch.compile cannot trace.
+    This does not ask torch's `is_autocast_available`, which older versions of torch.compile cannot trace.
     """
     kind = x.device.type
     on = kind != "meta" and torch.is_autocast_enabled(kind)
@@ -41,18 +41,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class _LowRankProduct(torch.autograd.Function):
-    """y = x W^T + b + s z A^T B^T in one node, where z is x or a dropped-out copy of it.
+    """y = x W^T + b + s z A^T B^T in one node, where z is x, or x after dropout.
 
-    In forward and in backward, plain autograd would spend a scaling, an addition and a temporary of the output's size.
-    Here `addmm` with alpha adds the low-rank product to the base product in place, and so for the gradient of x.
-    Nothing is computed for an input that needs no gradient, which above all is the frozen weight.
+    In forward and in backward, plain autograd would need a scaling, an addition and a temporary of the output's size.
+    Here `addmm` with alpha adds the low-rank product to the base product in place; the gradient of x is made in the
+    same way. No gradient is computed that is not needed, above all none of the frozen weight.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # (n, in)
-        z: Tensor | None,  # (n, in), None: the same as x
+        z: Tensor | None,  # (n, in); None: x itself
         weight: Tensor,  # (out, in)
         bias: Tensor | None,  # (out,)
         lora_A: Tensor,  # (r, in)
@@ -67,13 +67,13 @@ class _LowRankProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # a second derivative would take the saved products for constants
+    @once_differentiable  # a second derivative would treat the saved products as constants
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # g: (n, out)
         x, z, weight, lora_A, lora_B, u = ctx.saved_tensors
         s = ctx.scaling
         need_x, need_z, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         grad_x = grad_z = grad_weight = grad_bias = grad_A = grad_B = None
-        # `addmm` with beta 0 ignores its first argument: a product and its scaling in one operation
+        # `addmm` with beta 0 ignores its first argument: this is a product and its scaling in one operation.
         if need_B:
             grad_B = torch.addmm(lora_B, g.t(), u, beta=0, alpha=s)
         if need_x or need_z or need_A:
@@ -94,12 +94,12 @@ class _LowRankProduct(torch.autograd.Function):
 
 
 class ScaledRows(torch.autograd.Function):
-    """k matrices A (r, in) and then k diagonals d (r,), all of one shape -> k matrices of rows d_i A_i, (r, in).
+    """Takes k matrices A (r, in), then k diagonals d (r,), and returns k matrices (r, in) with the rows d_i A_i.
 
     It saves no tensor on purpose, but keeps copies of what its backward needs. Gradient checkpointing computes a layer
     a second time in the backward, and requires the second forward to save as many tensors as the first one. In the
-    first, `loralib.kernels.prepare` may have scaled the rows for all layers at once, outside of the checkpointed part;
-    in the second the layer scales its own. Where neither saves a tensor, the two numbers agree.
+    first, `loralib.kernels.prepare` may have scaled the rows of all layers at once, outside of the checkpointed part;
+    in the second, the layer scales its own rows. The two numbers agree because neither saves a tensor.
     """
 
     @staticmethod
@@ -127,10 +127,10 @@ class ScaledRows(torch.autograd.Function):
 
 
 def forward(layer: Any, x: Tensor) -> Tensor:
-    """What `layer`, a `LoRALinear`, computes from x (..., in): (..., out), in autocast's dtype where that is on.
+    """Compute what `layer`, a `LoRALinear`, makes of x (..., in): (..., out), in autocast's dtype if that is on.
 
-    Where `loralib.kernels.prepare` has computed casts and scaled rows of this layer for all layers at once, they are
-    taken. They serve a single use of the layer, so that the gradients of several uses are summed in full precision.
+    If `loralib.kernels.prepare` has prepared the casts and scaled rows of this layer, they are used. They serve one use
+    of the layer only, so that the gradients of several uses are summed in full precision.
     """
     dtype, prepared = autocast_dtype(x), None
     if not torch.compiler.is_compiling():

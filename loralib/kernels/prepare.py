@@ -1,20 +1,20 @@
 """Prepares all adapted layers of a model at once, in place of each layer by itself. The arithmetic is the same.
 
-Left to itself, each layer multiplies its diagonal into A, and under autocast it casts weight, bias and factors.
-Autograd then does the same for each gradient. In a step of a model of twelve layers, about 1,300 operations, these are
+By itself, each layer multiplies its diagonal into A, and under autocast it casts weight, bias and factors. Autograd
+then does the same for each gradient. A step of a model of twelve layers takes about 1,300 operations; these would be
 200 more for AdaLoRA and SoRA, and another 430 under autocast. Here matrices of one shape are scaled together,
-everything is cast together, and so are the gradients, which takes some 20 operations.
+everything is cast together, and so are the gradients. This takes some 20 operations.
 
-The layers are left to themselves
+Each layer prepares itself
 
 - in evaluation, and where no gradients are recorded;
 - under torch.compile, which merges operations itself;
-- under transformers' gradient checkpointing, which is there to save memory, while copies made at once live long;
-- where any module inside has a forward pre-hook, which may change factors;
+- under transformers' gradient checkpointing, which is there to save memory: copies that are made at once live long;
+- where any module inside has a forward pre-hook, because it may change factors;
 - if a layer has a `forward` or a `diagonal` of its own, or a parametrization;
 - if a layer's weight and factors differ in dtype or device from each other, or from those of the first layer.
 
-A forward that changes factors in another way needs `prepare_one_by_one`.
+If your forward changes factors in another way, call `prepare_one_by_one`.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def prepare_at_once(model: nn.Module) -> None:
     """Let each part of `model` that holds several adapted layers prepare them before each of its forwards in training.
 
     The hooks are on the children and not on `model` itself, because accelerate opens autocast inside the forward of
-    `model`. Calling it twice does no harm.
+    `model`. A second call changes nothing.
     """
     for child in model.children():
         adapted = sum(isinstance(m, LoRALinear) for m in child.modules())
@@ -42,10 +42,10 @@ def prepare_at_once(model: nn.Module) -> None:
 
 
 def prepare_one_by_one(model: nn.Module) -> None:
-    """Undo `prepare_at_once`: each layer prepares itself when it is used, and frees that after its backward.
+    """Undo `prepare_at_once`: each layer prepares itself when it is used, and frees the copies after its backward.
 
-    Checkpointing by hand needs this to save as much memory as it can. Where it chooses which operations to compute
-    again, it fails otherwise.
+    Gradient checkpointing of your own needs this to save as much memory as it can. If it selects which operations are
+    computed again, it fails without this.
     """
     for module in model.modules():
         hooks: Any
@@ -58,7 +58,7 @@ def prepare_one_by_one(model: nn.Module) -> None:
 def _prepare(module: Any, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    _forget(module, args, None)  # what a forward that was interrupted left
+    _forget(module, args, None)  # an interrupted forward may have left something
     if not (module.training and torch.is_grad_enabled()):
         return
     layers: list[LoRALinear] = []
@@ -94,21 +94,21 @@ def _prepare(module: Any, args: Any) -> None:
 
 
 def _is_stock(layer: LoRALinear) -> bool:
-    """Whether the layer computes as `LoRALinear` does, with its parameters as they are."""
+    """Whether the layer computes what `LoRALinear` computes, from its parameters as they are."""
     own_forward = getattr(layer.forward, "__func__", None) is not LoRALinear.forward
     own_diagonal = type(layer).diagonal is not LoRALinear.diagonal
     return not (own_forward or own_diagonal or hasattr(layer, "parametrizations"))
 
 
 def _forget(module: Any, args: Any, output: Any) -> None:
-    """Take back what was prepared for layers that this forward did not use."""
+    """Remove what was prepared for layers that this forward did not use."""
     if not torch.compiler.is_compiling():
         for layer in module.__dict__.pop("prepared_layers", ()):
             layer.prepared = None
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors of one dtype and device -> copies in another dtype; the gradients go the same way back."""
+    """Copies tensors of one dtype and device in another dtype, and the gradients back in the first."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
