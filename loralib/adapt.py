@@ -175,7 +175,7 @@ class Factors:
     penalised: bool = False
 
     def ranks(self) -> dict[str, int]:
-        """The rank that each matrix has left: r, or how many numbers between its factors are not 0. Reads the device."""
+        """The rank left in each matrix: r, or how many numbers between its factors are not 0. Reads the device."""
         if not self.between:
             return {name: a.shape[0] for name, a in zip(self.names, self.A, strict=True)}
         counts = torch.stack([d.detach().count_nonzero() for d in self.between]).tolist()
