@@ -1,4 +1,4 @@
-"""The door from Python: what was trained as a model with its tokenizer, and labels and scores for texts."""
+"""`load` and `predict` for programs in Python: a trained folder as a model, and labels and scores for texts."""
 
 import json
 import logging
@@ -31,23 +31,23 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 def load(
     folder: str | Path, *, base: str | None = None, layer: type[LoRALinear] | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The model and the tokenizer of a run's output folder, of one of its checkpoints, or of an export.
+    """Load the model and the tokenizer of a run's output folder, of one of its checkpoints, or of an export.
 
-    An adapter goes into its base model with the layers, the values and the scaling that were trained, and can be
-    trained on or merged (`merge`). Exports of every kind and fully fine-tuned folders load as well. The tokenizer cuts
-    texts to the run's `max_seq_length` where the run's record is there.
+    An adapter is put into its base model with the layers, the values and the scaling that were trained. You can train
+    it further or `merge` it. Exports of every kind and fully fine-tuned folders load as well. The tokenizer cuts texts
+    to the run's `max_seq_length` if the folder has the run's record.
 
     Args:
         folder: the folder.
-        base: name or folder of the base model, where it is not the recorded one.
-        layer: class of the adapted layers, for one whose `delta_weight` is its own.
+        base: name or folder of the base model; None: the recorded one.
+        layer: class of the adapted layers, needed if it has its own `delta_weight`.
 
     Returns:
         The model in evaluation mode, in the dtype of the files, and its tokenizer.
 
     Raises:
-        InputError: nothing of that kind is there, it is incomplete or foreign, or the base model cannot be loaded or
-            is not the one that was trained on.
+        InputError: the folder is none of these, is incomplete or foreign, or its base model cannot be loaded or is not
+            the one that the adapter was trained on.
     """
     folder = Path(folder).expanduser()
     own = any((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_FILE))
@@ -73,7 +73,7 @@ def _of_peft(folder: Path) -> Adapter:
 
 
 def _outputs(adapter: Adapter) -> int | None:
-    """The number of outputs of an adapter's head, by its last layer."""
+    """The number of outputs of an adapter's head: that of its last layer."""
     last = output_layer(adapter.rest)
     return None if last is None else int(adapter.rest[last[0]].shape[0])
 
@@ -92,7 +92,7 @@ def _put_in(model: nn.Module, adapter: Adapter, layer: type[LoRALinear] | None) 
             "weights: give its class by layer=."
         )
     if any(key in START for tensors in adapter.matrices.values() for key in tensors):
-        adapter = folded(adapter)  # the same function on the base's own weights
+        adapter = folded(adapter)  # this computes the same on the base's own weights
     check_shapes(adapter, dict(model.named_parameters()))
     layers = {}
     for name, tensors in adapter.matrices.items():
@@ -100,7 +100,7 @@ def _put_in(model: nn.Module, adapter: Adapter, layer: type[LoRALinear] | None) 
         linear, r, scaling = model.get_submodule(name), tensors["lora_A"].shape[0], adapter.scaling[name]
         assert isinstance(linear, nn.Linear)
         made = kind(linear, r=r, lora_alpha=adapter.config.get("lora_alpha", 1.0), lora_dropout=dropout)
-        if made.scaling != scaling:  # a pattern of alphas, or a scaling of another form
+        if made.scaling != scaling:  # matrices had different alphas, or the scaling is of another form
             made.lora_alpha *= scaling / made.scaling
         layers[name] = made
     put_layers(model, layers)
@@ -109,7 +109,7 @@ def _put_in(model: nn.Module, adapter: Adapter, layer: type[LoRALinear] | None) 
 
 
 def _whole(folder: Path) -> Any:
-    """A fully fine-tuned or merged model."""
+    """Load a fully fine-tuned or merged model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind: Any = AutoModelForCausalLM if language_model(folder) else AutoModelForSequenceClassification
@@ -128,7 +128,7 @@ def _whole(folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path, name: str, revision: str | None, model: Any) -> Any:
-    """The tokenizer of the folder, of the run that a checkpoint belongs to, or of the base model."""
+    """Load the tokenizer of the folder, of the run to which a checkpoint belongs, or of the base model."""
     from transformers import AutoTokenizer
 
     places = [place for place in (folder, folder.parent) if (place / "tokenizer_config.json").is_file()]
@@ -137,7 +137,7 @@ def _tokenizer(folder: Path, name: str, revision: str | None, model: Any) -> Any
         tokenizer = AutoTokenizer.from_pretrained(source, revision=None if places else revision)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no tokenizer loads from {folder} or {source} ({type(error).__name__}).") from error
-    if tokenizer.pad_token is None:  # of a decoder's base; the run's own tokenizer has it
+    if tokenizer.pad_token is None:  # base models of decoders lack it; the run's own tokenizer has it
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -155,10 +155,10 @@ def _tokenizer(folder: Path, name: str, revision: str | None, model: Any) -> Any
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier says of one text.
+    """The answer of a model for one text.
 
-    label: the name of the most probable class; of a regression, its number. scores: the probability of each class by
-    its name, largest first; empty for a regression.
+    label: the name of the most probable class; for a regression, the number.
+    scores: the probability of each class by its name, largest first; empty for a regression.
     """
 
     label: str | float
@@ -174,17 +174,18 @@ def predict(
     batch_size: int = 32,
     max_length: int | None = None,
 ) -> list[Prediction]:
-    """Labels and scores for texts.
+    """Predict labels and scores for texts.
 
     Args:
-        model: a sequence classifier; or a folder that `load` takes, which then brings its tokenizer.
-        texts: texts, or pairs of texts.
-        tokenizer: the tokenizer of a model.
-        batch_size: texts at once; each batch is padded to its longest.
-        max_length: tokens of a text at most; None: what the tokenizer (see `load`) and the model's positions allow.
+        model: a sequence classifier, or a folder for `load`, which has the tokenizer too.
+        texts: a list of texts, or of pairs of texts.
+        tokenizer: the tokenizer; not needed for a folder.
+        batch_size: number of texts in a batch; each batch is padded to its longest text.
+        max_length: largest number of tokens of a text; None: what the tokenizer (see `load`) and the model's positions
+            allow.
 
     Raises:
-        InputError: as `load`; the texts are no list of texts or pairs; the model is no classifier of one label a text.
+        InputError: as `load`; or `texts` is no such list; or the model does not give one label for a text.
     """
     if isinstance(model, str | Path):
         model, own = load(model)

@@ -1,4 +1,4 @@
-"""Adapters out: folded into plain factors, or merged into the weights of an ordinary checkpoint."""
+"""Exports adapters: folded into plain factors, or merged into the weights of an ordinary checkpoint."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def read_run(folder: str | Path) -> Adapter:
     """The adapter of a run's output folder, of one of its checkpoints, or of an exported folder.
 
     Raises:
-        InputError: not such a folder, or a run that fine-tuned the whole model.
+        InputError: the folder is none of these, or of a run that fine-tuned the whole model.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -39,14 +39,14 @@ def read_run(folder: str | Path) -> Adapter:
 
 
 def folded(adapter: Adapter) -> Adapter:
-    """The same update with two factors for each matrix and nothing else (layer `frd`).
+    """The same update as two plain factors for each matrix.
 
-    Triplets and gates of value 0 are removed, the others go into lora_A; a matrix of rank 0 is left out. scaling stays.
-    Where the start took a product out of the frozen weight (PiSSA), its factors are added with a minus: rank 2 r on the
-    base's own weight.
+    Triplets and gates of value 0 are removed, and the others are multiplied into lora_A. A matrix of rank 0 is left
+    out. The scaling stays. If the start took a product out of the frozen weight (PiSSA), its factors are appended with
+    a minus sign, which gives rank 2 r on the base model's own weight.
 
     Raises:
-        InputError: the layer is more than weight + scaling B diag A.
+        InputError: a layer computes more than weight + scaling B diag A.
     """
     matrices = {}
     for name, tensors in adapter.matrices.items():
@@ -67,7 +67,7 @@ def folded(adapter: Adapter) -> Adapter:
                 d = tensors[leaf].view(-1)
                 left = d.nonzero().view(-1)
                 a, b = d[left].unsqueeze(1) * a[left], b[:, left]
-        if START[0] in tensors:  # the base's own weight holds what the start took out
+        if START[0] in tensors:  # the base's weight still holds what the start took out
             a, b = torch.cat([a, -tensors[START[0]]]), torch.cat([b, tensors[START[1]]], dim=1)
         if a.shape[0]:
             matrices[name] = {"lora_A": a, "lora_B": b}
@@ -79,9 +79,9 @@ def folded(adapter: Adapter) -> Adapter:
 
 
 def export_lora(run: str | Path, out: str | Path) -> None:
-    """Write this project's adapter folder with `folded` factors: rank (in + out) elements a matrix, and the head.
+    """Write an adapter folder of this project's format with `folded` factors, rank (in + out) elements for each matrix.
 
-    A layer that cannot be folded is written as it is.
+    If the layers cannot be folded, they are written as they are.
     """
     adapter = read_run(run)
     if adapter.config.get("low_rank") is True:
@@ -94,7 +94,7 @@ def export_lora(run: str | Path, out: str | Path) -> None:
 
 
 def copy_config(adapter: Adapter, folder: Path) -> None:
-    """The run's config.json, where there is one: it names the labels and shapes the head, which merging needs."""
+    """Copy the run's config.json, if there is one: it holds the labels and the head's shape, which merging needs."""
     if (adapter.source / "config.json").is_file():
         shutil.copyfile(adapter.source / "config.json", folder / "config.json")
 
@@ -105,8 +105,8 @@ def export_merged(
     """Write an ordinary transformers checkpoint with the update in its weights, and its tokenizer.
 
     Args:
-        base: the base model's name or folder, where it is not the recorded one.
-        layer: class of the adapted layers, for one whose `delta_weight` is its own.
+        base: name or folder of the base model; None: the recorded one.
+        layer: class of the adapted layers, needed if it has its own `delta_weight`.
 
     Raises:
         InputError: the base model cannot be loaded, or does not fit.
@@ -134,7 +134,7 @@ def export_merged(
             read_number(adapter.config, key, adapter.source / ADAPTER_CONFIG) for key in ("lora_r", "lora_alpha")
         )
         held = {m["lora_A"].shape[0] for m in adapter.matrices.values()}
-        if r not in held and held:  # before a rank of any size takes memory
+        if r not in held and held:  # refused before a huge rank takes memory
             raise InputError(
                 f"{adapter.source / ADAPTER_CONFIG} has lora_r {r:g}, and its factors have rank "
                 f"{', '.join(map(str, sorted(held)))}: they are not of one run."
@@ -151,17 +151,17 @@ def export_merged(
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no tokenizer loads from {adapter.source} or {name} ({type(error).__name__}).") from error
-    if tokenizer.pad_token is None:  # of a decoder's base; the run's own tokenizer has it
+    if tokenizer.pad_token is None:  # base models of decoders lack it; the run's own tokenizer has it
         tokenizer.pad_token = tokenizer.eos_token
     with new_folder(Path(out)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):  # safetensors' own writer keeps them from everybody else
+        for file in folder.glob("*.safetensors"):  # safetensors' own writer lets nobody else read them
             file.chmod((folder / "config.json").stat().st_mode)
 
 
 def _name_outputs(config: Any, adapter: Adapter) -> None:
-    """Say in the config what transformers' pipeline reads, also where an older run did not."""
+    """Write into the config what transformers' pipeline reads; older runs did not."""
     names = adapter.config.get("label_names")
     if names and len(names) == config.num_labels:
         config.id2label = dict(enumerate(names))
@@ -170,9 +170,9 @@ def _name_outputs(config: Any, adapter: Adapter) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Replace each adapted layer by a plain linear one with weight + delta_weight, in place.
+    """Replace each adapted layer of a model by a plain linear layer with weight + delta_weight.
 
-    Outputs stay the same; afterwards the model is what it was before `adapt`, with other weights.
+    The outputs stay the same. Afterwards the model is what it was before `adapt`, with other weights.
     """
     plain: dict[int, nn.Linear] = {}
     for _, layer in adapted_layers(model):
@@ -188,7 +188,7 @@ def merge(model: nn.Module) -> None:
 
 
 def language_model(source: Any) -> bool:
-    """Whether a folder's config.json, or a config, is that of a decoder with its own output layer."""
+    """Whether a config, or the config.json of a folder, describes a decoder with its own output layer."""
     if isinstance(source, Path):
         file = source / "config.json"
         architectures = read_json(file).get("architectures") if file.is_file() else None
@@ -205,12 +205,20 @@ def other_base(adapter: Adapter, model: nn.Module) -> bool:
 def base_model(
     adapter: Adapter, base: str | None, outputs: int | None = None
 ) -> tuple["PreTrainedModel", str, str | None]:
-    """The pretrained model under an adapter, with the head's shape; its name and revision.
+    """Load the pretrained model of an adapter.
 
-    A classifier, or a language model where the adapter's config.json or PEFT's task type says so.
+    The model is a language model if the adapter's config.json or PEFT's task type says so, otherwise a classifier with
+    a head of the adapter's shape.
 
     Args:
-        outputs: number of outputs where the adapter has no config.json; None: what the base model's says.
+        base: name or folder of the model; None: the recorded one.
+        outputs: number of outputs if the adapter has no config.json; None: that of the base model's.
+
+    Returns:
+        The model, its name and its revision.
+
+    Raises:
+        InputError: the model is not named, cannot be loaded, or does not fit the adapter.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers import logging as transformers_logging
@@ -227,10 +235,10 @@ def base_model(
     if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise InputError(f"the base model {name} of {adapter.source} is not there: say where it is by --base (base=).")
     tensors = [*(m["lora_A"] for m in adapter.matrices.values()), *adapter.rest.values()]
-    dtype = tensors[0].dtype if tensors else torch.float32  # as trained, whatever the base's file holds
+    dtype = tensors[0].dtype if tensors else torch.float32  # that of the training, not of the base's file
     verbosity = transformers_logging.get_verbosity()
     try:
-        transformers_logging.set_verbosity_error()  # it would say that the head is untrained, which is put in later
+        transformers_logging.set_verbosity_error()  # it would warn of an untrained head, which is loaded later
         own = (adapter.source / "config.json").is_file()
         config = AutoConfig.from_pretrained(adapter.source if own else os.path.expanduser(name))
         if outputs is not None and not own and config.num_labels != outputs:
@@ -253,7 +261,7 @@ def base_model(
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    # what the adapter holds is replaced in any case; of the rest nothing may be missing
+    # Everything that the adapter does not hold must have come from the base model.
     for lost in sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str):
         key, *shapes = lost if isinstance(lost, tuple | list) else (lost,)
         if key not in adapter.rest:
@@ -265,6 +273,11 @@ def base_model(
 
 
 def check_shapes(adapter: Adapter, own: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter whose shapes are not those of the base model's parameters, `own`.
+
+    Raises:
+        InputError: names the parameter and both shapes.
+    """
     needed = {f"{n}.weight": (m["lora_B"].shape[0], m["lora_A"].shape[1]) for n, m in adapter.matrices.items()}
     for key, shape in (needed | {key: tuple(t.shape) for key, t in adapter.rest.items()}).items():
         if key not in own:

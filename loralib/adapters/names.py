@@ -1,29 +1,29 @@
-"""Names of a head's outputs: which of them mean something, and whether two lists of them are for the same classes."""
+"""Names of a head's outputs: which of them are placeholders, and whether two lists name the same classes."""
 
 import re
 from collections.abc import Sequence
 
 
 def plain_label(name: str) -> str:
-    """A label's name without what spellings of one name differ in: case, spaces, `_`, `-`."""
+    """A label's name in one spelling: without case, `_` and `-`, with single spaces."""
     return " ".join(re.split(r"[\s_-]+", name.casefold().strip()))
 
 
 def unnamed_labels(names: Sequence[str]) -> bool:
-    """Whether these are the placeholders of transformers (LABEL_0, LABEL_1), which say no more than their number."""
+    """Whether these are the placeholders of transformers (LABEL_0, LABEL_1), which give nothing but a number."""
     return bool(names) and all(re.fullmatch(r"LABEL_\d+", name) for name in names)
 
 
 def placeholders(number: int) -> tuple[str, ...]:
-    """Names for outputs that have none, as transformers makes them."""
+    """The names that transformers gives to outputs without names."""
     return tuple(f"LABEL_{i}" for i in range(number))
 
 
 def places_in(names: Sequence[str], order: Sequence[str]) -> list[int] | None:
-    """For each of `names` its place in `order`; None unless both are for the same classes.
+    """The place of each of `names` in `order`; None unless both lists name the same classes.
 
-    Case, spaces, `_` and `-` make no difference, where names stay distinct without them. Placeholders and the whole
-    numbers 0, 1 and on count by their place.
+    Case, spaces, `_` and `-` are ignored if the names stay distinct without them. Placeholders, and the whole numbers
+    0, 1 and so on, stand for the class at their own place.
     """
     if len(names) != len(order):
         return None

@@ -28,7 +28,8 @@ METHOD_STATE = "method_state.safetensors"
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The factors, frozen ones too, the trained head and `ranknum`, by the released keys; never the frozen backbone."""
+    """The tensors of an adapter by the released keys: all factors, `ranknum` and the trained head; no frozen
+    backbone."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or is_lora(name)}
     for name, layer in adapted_layers(model):
         state |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers(recurse=False)}
@@ -36,11 +37,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_facts(model: nn.Module) -> dict[str, Any]:
-    """What `adapter.json` says of the model itself.
+    """The entries of `adapter.json` that are read from the model.
 
-    head: names of trained parameters that are no adapter's; ranks, scaling: by matrix; low_rank: whether
-    weight + scaling B diag A is all of each layer; shared: other names of a factor that several matrices share;
-    backbone_sum: see there.
+    head: names of the trained parameters outside of the adapter.
+    ranks, scaling: numbers by matrix.
+    low_rank: whether each layer computes weight + scaling B diag A and nothing else.
+    shared: further names of factors that several matrices share.
+    backbone_sum: see the function.
     """
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
@@ -57,18 +60,18 @@ def adapter_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _low_rank(layer: LoRALinear) -> bool:
-    """Whether the layer's tensors alone give its update: scaling B diag A, with d as it is in the file."""
+    """Whether the update is scaling B diag A, with the diagonal as the file holds it."""
     d, held = layer.diagonal(), [getattr(layer, key) for key in DIAGONALS if hasattr(layer, key)]
     stored = not held if d is None else len(held) == 1 and torch.equal(d, held[0].view(-1))
-    told = layer.pretrained is None or hasattr(layer, START[0])  # what the start took out of the weight
+    told = layer.pretrained is None or hasattr(layer, START[0])  # does the file tell what the start has taken out?
     return stored and told and type(layer).delta_weight is LoRALinear.delta_weight
 
 
 def backbone_sum(model: nn.Module, head: Iterable[str]) -> float:
-    """Sum of the absolute values at the start of each frozen parameter: tells one pretrained model from another.
+    """A checksum of the pretrained model: the absolute values at the beginning of each frozen parameter, added up.
 
-    Rounding to half precision moves it by less than 1e-4 of itself. A weight that the start of a layer has changed
-    counts as it was pretrained.
+    Rounding to half precision changes it by a relative 1e-4 at most. A weight that the start of a layer has changed
+    counts with its pretrained values.
     """
     trained = set(head)
     changed = {f"{name}.weight": m.pretrained for name, m in adapted_layers(model) if m.pretrained is not None}
@@ -84,13 +87,13 @@ def other_backbone(config: Mapping[str, Any], head: Iterable[str], model: nn.Mod
 
 
 def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> None:
-    """Write `adapter.safetensors` and `adapter.json`, each of them aside first.
+    """Write `adapter.safetensors` and `adapter.json`.
 
     Args:
         model: the adapted model.
-        folder: is made where it is missing.
-        config: facts about the adapter (method, r, alpha, modules, ...); `adapter_facts` are added, and `base_model`,
-            the name that the model was loaded by, where it is not among them.
+        folder: the output folder; it is made if it is missing.
+        config: facts about the adapter (method, r, alpha, modules, ...). `adapter_facts` are added to them, and
+            `base_model`, the name by which the model was loaded, unless it is among them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,11 +105,11 @@ def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any]
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
-    """Load a trained adapter and head into an adapted model; everything must be there and fit, values stay as saved.
+    """Load a trained adapter and its head into an adapted model. Both must be complete and fit exactly.
 
     Raises:
-        InputError: missing or unknown keys, other shapes (the message names file, key and both shapes), another
-            scaling (alpha), or another pretrained model.
+        InputError: keys are missing or unknown, shapes differ (the message names file, key and both shapes), or the
+            adapter was trained with another scaling (alpha) or on another pretrained model.
     """
     state, file = read_state(path), Path(path).expanduser() / ADAPTER_CONFIG
     config = read_json(file) if file.is_file() else {}
@@ -130,10 +133,13 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: str, hea
     """Copy `state` into the model's parameters and buffers.
 
     Args:
-        head_may_differ: a head that is missing or has other shapes keeps its fresh values.
+        head_may_differ: if the head is missing or has other shapes, it keeps its fresh values.
 
     Returns:
-        Names of trainable parameters that kept their values.
+        Names of the trainable parameters that kept their values.
+
+    Raises:
+        InputError: a key is missing, unknown or of another shape.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     needed = adapter_state(model)
@@ -151,7 +157,7 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: str, hea
         if head_may_differ and not is_lora(name) and not name.endswith("ranknum"):
             kept.append(name)
         elif name.endswith("ranknum") and found is None:
-            continue  # a constant of the layer
+            continue  # it is a constant of the layer
         elif found is None:
             raise InputError(f"{source} lacks the key {name!r}: its modules are not those of this run (--lora_module).")
         else:
@@ -160,7 +166,7 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: str, hea
                 "set --lora_r and the model as they were."
             )
     for name, layer in adapted_layers(model):
-        if hasattr(layer, START[0]):  # the frozen weight is what its start has left of it
+        if hasattr(layer, START[0]):  # its start has changed the frozen weight
             layer.move_start(state[f"{name}.{START[0]}"], state[f"{name}.{START[1]}"])
     with torch.no_grad():
         for name, value in state.items():
@@ -174,6 +180,11 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: str, hea
 
 
 def read_own(folder: Path) -> Adapter:
+    """Read a folder with `adapter.safetensors` and `adapter.json`.
+
+    Raises:
+        InputError: a file is missing, broken or of a later version, or the two do not belong together.
+    """
     file, config_file = folder / ADAPTER_FILE, folder / ADAPTER_CONFIG
     for needed in (file, config_file):
         if not needed.is_file():
@@ -219,7 +230,7 @@ def _rank(tensors: Mapping[str, Tensor]) -> int:
 
 
 def save_method_state(states: Mapping[str, Mapping[str, Tensor]], folder: str | Path) -> None:
-    """Write the state of a method's pieces, `{piece: {key: tensor}}`, to `method_state.safetensors`."""
+    """Write the state of a method's pieces, `{piece: {key: tensor}}`, into `method_state.safetensors`."""
     flat = {f"{piece}/{key}": t for piece, state in states.items() for key, t in state.items()}
     write_tensors(Path(folder) / METHOD_STATE, flat)
 
@@ -232,7 +243,7 @@ def load_method_state(folder: str | Path) -> dict[str, dict[str, Tensor]]:
     """
     file = Path(folder) / METHOD_STATE
     if not file.is_file():
-        raise InputError(f"checkpoint {folder} lacks {METHOD_STATE}: it is not of this method and cannot be resumed.")
+        raise InputError(f"checkpoint {folder} lacks {METHOD_STATE}: another method wrote it, so it cannot be resumed.")
     try:
         flat = load_file(file)
     except SafetensorError as error:

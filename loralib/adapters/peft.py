@@ -1,4 +1,4 @@
-"""Hugging Face PEFT's format, in and out. PEFT itself is not needed."""
+"""Reads and writes folders in the format of Hugging Face PEFT, without PEFT itself."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
 
 PEFT_CONFIG = "adapter_config.json"
-# Of PEFT's LoRA settings those that compute more than W + scaling B A, and the starts that leave W as it is.
+# Settings with which PEFT's LoRA computes more than W + scaling B A; then the starts that do not change W.
 PEFT_MORE = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
     "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
@@ -19,6 +19,11 @@ PEFT_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def read_peft(folder: Path) -> Adapter:
+    """Read a folder that PEFT wrote.
+
+    Raises:
+        InputError: it is no plain LoRA, or its files are broken; the message names the file and the setting.
+    """
     file = folder / PEFT_CONFIG
     config = read_json(file)
     if config.get("peft_type") != "LORA":
@@ -32,7 +37,7 @@ def read_peft(folder: Path) -> Adapter:
                 f"{file} has {key} = {str(config[key])[:80]}: only plain LoRA, without it, can be read here."
             )
     start = config.get("init_lora_weights", True)
-    if not (start is None or isinstance(start, bool) or start in PEFT_STARTS):  # the others change the base's weights
+    if not (start is None or isinstance(start, bool) or start in PEFT_STARTS):  # other starts change W
         raise InputError(
             f"{file} has init_lora_weights = {str(start)[:80]!r}, which belongs to changed base weights: convert it to "
             "plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)."
@@ -44,7 +49,7 @@ def read_peft(folder: Path) -> Adapter:
             state[re.sub(r"\.(lora_[AB])(\.default)?\.weight$", r".\1", name)] = value
     matrices, rest = split_state(state, folder)
     alphas = config.get("alpha_pattern") or {}
-    # PEFT takes these keys as regular expressions; one from a file could run for ever, so names alone are read
+    # PEFT reads these keys as regular expressions. One from a file could run for ever, so only plain names are allowed.
     if not isinstance(alphas, dict) or not all(re.fullmatch(r"[\w.\\]+", key) for key in alphas):
         raise InputError(f"{file} has an alpha_pattern that is no mapping from module names to numbers.")
     scaling = {}
@@ -57,15 +62,18 @@ def read_peft(folder: Path) -> Adapter:
 
 
 def export_peft(run: str | Path, out: str | Path, base: str | None = None) -> None:
-    """Write a folder that PEFT loads as plain LoRA: ranks and alphas by matrix, the head in modules_to_save.
+    """Write a folder that PEFT loads as plain LoRA, with a rank and an alpha for each matrix and the head beside them.
 
     Args:
-        base: the base model's name or folder, where it is not the recorded one.
+        base: name or folder of the base model; None: the recorded one.
+
+    Raises:
+        InputError: the adapter is no product of two factors, or `out` cannot be written.
     """
     trained = read_run(run)
     adapter = folded(trained)
     matrices, scaling = dict(adapter.matrices), dict(adapter.scaling)
-    if not matrices:  # PEFT refuses an adapter without a matrix: one row of zeros
+    if not matrices:  # PEFT refuses an adapter without a matrix, so one matrix keeps a row of zeros
         if not trained.matrices:
             raise InputError(f"{trained.source} has rank 0 everywhere: export to peft from the run's own folder.")
         name, tensors = next(iter(trained.matrices.items()))
@@ -102,6 +110,7 @@ def export_peft(run: str | Path, out: str | Path, base: str | None = None) -> No
 
 
 def _head_module(parameter: str) -> str:
-    """The module to save whole: classifier for classifier.dense.weight, bert.pooler for bert.pooler.dense.weight."""
+    """The module that PEFT saves as a whole: classifier for classifier.dense.weight, bert.pooler for
+    bert.pooler.dense.weight."""
     parts = parameter.split(".")
     return ".".join(parts[: parts.index("pooler") + 1] if "pooler" in parts else parts[:1])

@@ -1,4 +1,4 @@
-"""The reader of foreign files: state dicts and JSON objects become an `Adapter`. Nothing in a file is ever executed."""
+"""The reader of foreign files: state dicts and JSON objects become an `Adapter`. No file can make it execute code."""
 
 import json
 from collections.abc import Mapping
@@ -18,18 +18,20 @@ from loralib.layers import DIAGONALS
 ADAPTER_FILE = "adapter.safetensors"
 ADAPTER_CONFIG = "adapter.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Floats of fewer bits come with scales that a state dict does not hold.
+# Floats of fewer bits need scales, which a state dict does not hold.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a file holds.
+    """The content of an adapter's files.
 
-    source: file or folder, for messages. config: adapter.json; {} where there is none. matrices: by module name
-    lora_A (r, in), lora_B (out, r) and what its layer adds. scaling: by module name; a matrix of the released code,
-    whose files do not say it, is missing. rest: the head, and the backbone where a file holds all.
-    complete: whether each adapted matrix is in the file, at least in `config["ranks"]` as one of rank 0.
+    source: the file or folder, for messages.
+    config: the content of adapter.json; {} if there is none.
+    matrices: by module name lora_A (r, in), lora_B (out, r) and what the layer adds.
+    scaling: by module name; files of the released code do not tell it, so it is missing for their matrices.
+    rest: the head; for a file that holds the whole model also the backbone.
+    complete: whether the file names each adapted matrix, one of rank 0 in `config["ranks"]` alone.
     """
 
     source: Path
@@ -41,10 +43,10 @@ class Adapter:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, of a .bin or .pt file (weights_only), or of a folder with one.
+    """Read the tensors of a safetensors file, of a .bin or .pt file (weights_only), or of a folder with one.
 
     Raises:
-        InputError: nothing there, or not readable; the message names the file.
+        InputError: the file is missing or cannot be read; the message names it.
     """
     path = Path(path).expanduser()
     file = path
@@ -61,7 +63,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or hostile file makes the reader raise
+    except Exception as error:  # a broken or hostile file can make the reader raise anything
         raise InputError(
             f"{file} cannot be read as a state dict of tensors ({type(error).__name__}): it is cut off, or another "
             "kind of file; give a .safetensors file, or a .bin file that holds tensors alone."
@@ -96,7 +98,11 @@ def read_number(config: Mapping[str, Any], key: str, file: Path, least: float = 
 
 
 def split_state(state: Mapping[str, Tensor], source: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Tensors of adapted matrices by module, checked against each other, and the rest; floats in their widest type."""
+    """Split a state dict into the tensors of adapted matrices by module, and the rest; floats get their widest type.
+
+    Raises:
+        InputError: a value is not finite, or a matrix is incomplete or of shapes that do not fit; the message names it.
+    """
     types = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(types) > 1:
         widest = reduce(torch.promote_types, types)
@@ -105,7 +111,7 @@ def split_state(state: Mapping[str, Tensor], source: Path) -> tuple[dict[str, di
     rest = {}
     for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{source} holds NaN or infinite values in {key!r}: it is of a run that diverged.")
+            raise InputError(f"{source} holds NaN or infinite values in {key!r}: it comes from a run that diverged.")
         name, _, leaf = key.rpartition(".")
         if is_lora(key):
             matrices.setdefault(name, {})[leaf] = value

@@ -1,4 +1,4 @@
-"""Where a run starts from: `--lora_path` reads an adapter of any format and puts it into a freshly adapted model."""
+"""Starts a run from an adapter: `--lora_path` reads one of any format and puts it into a freshly adapted model."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """Read this project's adapter folder, a PEFT LoRA folder, or a state dict of the released code.
 
     Raises:
-        InputError: not there, cut off, or foreign; the message names file and key.
+        InputError: the adapter is missing, cut off or foreign; the message names file and key.
     """
     path = Path(path).expanduser()
     folder = path.parent if path.is_file() else path
@@ -45,18 +45,19 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def load_lora(model: nn.Module, path: str | Path) -> list[str]:
-    """Start a freshly adapted model from an adapter: the function that it computes is the file's.
+    """Start a freshly adapted model from an adapter; afterwards it computes what the adapter was trained to compute.
 
-    A matrix of a smaller rank fills the first directions, the others stay fresh and add nothing yet; another scaling is
-    folded into the factors; a head that is missing, of other shapes or for other labels stays fresh. One for the same
-    labels in another order (`model.config.id2label`) is turned into the model's order.
+    - A matrix of a smaller rank fills the first directions; the others stay fresh and add nothing yet.
+    - A different scaling is folded into the factors.
+    - A head that is missing, of other shapes or for other labels stays fresh.
+    - A head for the same labels in another order is brought into the model's order (`model.config.id2label`).
 
     Args:
-        model: fresh from `adapt`.
-        path: what `read_adapter` takes.
+        model: a model just adapted by `adapt`.
+        path: a path for `read_adapter`.
 
     Returns:
-        One line for each thing that was not simply copied, to be logged.
+        One line for the log for each thing that was not simply copied.
 
     Raises:
         InputError: the adapter does not fit; the message names file, key and both shapes.
@@ -95,10 +96,10 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
         else:
             ratio = 1.0
         diagonal = next((key for key in DIAGONALS if key in own), None)
-        if diagonal is not None:  # a row or a column; ones in a file of plain factors
+        if diagonal is not None:  # it is a row or a column; plain factors mean ones
             values = tensors.get(diagonal, torch.ones(r, dtype=tensors["lora_A"].dtype))
             tensors = tensors | {diagonal: values.reshape((1, r) if own[diagonal].shape[0] == 1 else (r, 1))}
-        if START[0] in own and START[0] not in tensors:  # it was trained on the base's own weight
+        if START[0] in own and START[0] not in tensors:  # it was trained on the unchanged weight
             tensors = tensors | dict(zip(START, (tensors["lora_A"] * 0, tensors["lora_B"] * 0), strict=True))
         for key in tensors:
             scaled = ratio != 1.0 and key in (diagonal or "lora_B", START[1])
@@ -124,7 +125,7 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
 
 
 def output_layer(head: Mapping[str, Tensor]) -> list[str] | None:
-    """Keys of the weight (outputs, in) and bias (outputs,) that end a head; None where there is no such weight."""
+    """Keys of the weight (outputs, in) and bias (outputs,) of a head's last layer; None if it has no such weight."""
     last = [k for k, t in head.items() if t.ndim == 2 and OUTPUT_LAYER.search(k) and not re.search(r"\.\d+\.", k)]
     if not last:
         return None
@@ -133,7 +134,7 @@ def output_layer(head: Mapping[str, Tensor]) -> list[str] | None:
 
 
 def _in_the_models_order(adapter: Adapter, head: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The head with its outputs in the order of the model's labels; without the last layer if it is for others."""
+    """The head with its outputs in the order of the model's labels, without the last layer if the labels differ."""
     labels, named = adapter.config.get("label_names"), getattr(getattr(model, "config", None), "id2label", None)
     last = output_layer(head)
     if not labels or not named or len(labels) != len(named) or last is None:
@@ -172,7 +173,7 @@ def _refuse_unfit(
 
 
 def _padded(value: Tensor, fresh: Tensor) -> Tensor:
-    """`fresh` with `value` in its first rows and columns; as it is where it has another shape altogether."""
+    """`fresh` with `value` in its first rows and columns; `value` itself if it does not fit in there."""
     if value.ndim != fresh.ndim or any(a > b for a, b in zip(value.shape, fresh.shape, strict=True)):
         return value
     full = fresh.clone()
@@ -181,7 +182,11 @@ def _padded(value: Tensor, fresh: Tensor) -> Tensor:
 
 
 def _rest_that_fits(model: nn.Module, adapter: Adapter, source: str) -> dict[str, Tensor]:
-    """The head of a file. A backbone in it must be the model's own, since an adapter keeps none of it."""
+    """The head in the file.
+
+    Raises:
+        InputError: the file also holds a backbone, and that is not the model's own.
+    """
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     head = {}
     for key, value in adapter.rest.items():

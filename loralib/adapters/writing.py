@@ -20,8 +20,8 @@ FORMAT_VERSION = 1  # of an adapter's files
 
 
 def write_file(file: Path, data: bytes) -> None:
-    """Write to a file beside it, wait for the disk, then rename: a reader never sees half a file, not even after a
-    power cut. The file gets the user's usual mode. Two processes may write the same file; the later one wins."""
+    """Write to a file beside `file`, wait for the disk, then rename it: a reader never sees half a file, not even after
+    a power cut. The file gets the user's usual mode. Two processes may write the same file; the later one wins."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as out:
@@ -36,11 +36,11 @@ def write_file(file: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder, new and renamed ones too, are on the disk."""
+    """Wait until the names in a folder are on the disk, also those of new and renamed files."""
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(opened)
-    except OSError as error:  # some network file systems know no such thing
+    except OSError as error:  # some network file systems cannot do this
         if error.errno not in (errno.EINVAL, errno.EBADF, errno.EROFS):
             raise
     finally:
