@@ -152,6 +152,28 @@ def test_the_same_command_after_an_early_end(
     same(folder, straight)
 
 
+@pytest.mark.parametrize("flags", [["--overwrite_output_dir"], ["--resume_from_checkpoint"]], ids=str)
+def test_flags_that_would_lose_the_last_checkpoint_are_to_be_left_out(
+    flags: list[str], usual: list[str], straight: Path, entry_point: Any, tmp_path: Path
+) -> None:
+    """The command with --overwrite_output_dir starts anew, the one that names a checkpoint goes back to that."""
+    folder = tmp_path / "run"
+    argv = [*usual, f"--output_dir={folder}"]
+    if flags == ["--resume_from_checkpoint"]:
+        shutil.copytree(straight, folder, ignore=shutil.ignore_patterns("checkpoint-8", "run.json"))
+        more = [f"{flags[0]}={folder / 'checkpoint-4'}"]
+    else:
+        more = flags
+    assert ended("term", [*argv, *more, "--save_steps=100"], tmp_path / "log") == 143
+    text = (tmp_path / "log").read_text()
+    advice = f"the same command without {flags[0]} goes on from the last good checkpoint, {folder}/checkpoint-"
+    assert advice in text, text[-2000:]
+    step = text.partition(advice)[2].split(".")[0]
+    entry_point("AdaLoRA").main(argv)
+    assert (folder / f"checkpoint-{step}").is_dir()  # which a run that starts anew removes
+    same(folder, straight)
+
+
 def test_a_full_disk_under_tensorboard_is_a_sentence(usual: list[str], entry_point: Any, tmp_path: Path) -> None:
     """Its writer is a thread of its own, for whose errors Python prints a traceback."""
     argv = [*usual, f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard", "--logging_steps=1"]

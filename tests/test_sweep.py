@@ -217,6 +217,7 @@ def test_mistakes_are_refused_before_anything_runs(capsys: pytest.CaptureFixture
             ["--gradient_accumulation_steps", "5"],
             "cola, lora: the batch of 32 that cola's lora is trained with does not",
         ),
+        (["--overwrite_out"], "cola, lora: with --overwrite_output_dir each attempt at a run that was cut off would"),
         (["--output-dir", "x"], "--output_dir is set by the sweep"),
         (["--see", "3"], "--seed is set by the sweep"),
     ):

@@ -261,7 +261,7 @@ def command(main: Callable[[], Any]) -> NoReturn:
         status = 130
         print(
             f"{Path(sys.argv[0]).name}: stopped by Ctrl-C; the same command goes on from the last checkpoint, or "
-            "starts anew where there is none (SIGTERM would have written one).",
+            "starts anew where there is none, or with --overwrite_output_dir (SIGTERM would have written one).",
             file=sys.stderr,
         )
     except (InputError, RunError, OSError) as raised:

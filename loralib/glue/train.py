@@ -44,7 +44,7 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
     try:
         if run.training.do_train:
             mark_unfinished(run.training)
-        with worker_deaths(run.training.output_dir), writing_threads():
+        with worker_deaths(run.training), writing_threads():
             _train_and_evaluate(run, trainer, data, metrics)
         if run.training.should_save:
             write_run(run, trainer, method, data.task.name, "finished", metrics)
@@ -63,7 +63,7 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
             blamed = f"output_dir {output_dir} could not be written to ({error}): see to its disk"
         else:
             blamed = f"{path} could not be used ({error.strerror}): see to it"
-        raise RunError(f"{blamed}, and {the_same_command(output_dir)}.") from error
+        raise RunError(f"{blamed}, and {the_same_command(run.training)}.") from error
     finally:
         unlock(run.training.output_dir)
     if run.training.push_to_hub:

@@ -42,6 +42,11 @@ def ask(jobs: Sequence[Job], processes: int = 1) -> dict[Job, Asked]:
     for kind, answer in ((kind, parsed.get(_key(command))) for kind, command in printed.items()):
         if answer is not None and "error" in answer:
             raise InputError(f"{kind[0]}, {kind[1].name}: {answer['error']}")
+        if answer is not None and answer["arguments"].get("overwrite_output_dir"):
+            raise InputError(
+                f"{kind[0]}, {kind[1].name}: with --overwrite_output_dir each attempt at a run that was cut off would "
+                "start anew; remove the folders that are to be run anew, or name another --output."
+            )
     return {job: _asked(job, printed[kind], parsed.get(_key(printed[kind]))) for job, kind in _kinds_of(jobs)}
 
 

@@ -109,7 +109,7 @@ class Checkpoints(Guards):
             shutil.rmtree(folder, ignore_errors=True)
             raise RunError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {folder} "
-                f"({' '.join(str(error).split())[:200]}): make room, and {the_same_command(self.args.output_dir)}."
+                f"({' '.join(str(error).split())[:200]}): make room, and {the_same_command(self.args)}."
             ) from error
         finally:
             self.args.save_total_limit = limit

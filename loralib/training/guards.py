@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def worker_deaths(output_dir: str) -> Iterator[None]:
+def worker_deaths(args: Any) -> Iterator[None]:
     """Raise RunError where a process that loads data dies (killed for its memory, say); torch raises RuntimeError."""
     try:
         yield
@@ -27,7 +27,7 @@ def worker_deaths(output_dir: str) -> Iterator[None]:
         said = " ".join(str(error).split())[:200].rstrip(". ")
         raise RunError(
             f"a process that loads data ended ({said}): see to the memory or lower "
-            f"--dataloader_num_workers, and {the_same_command(output_dir)}."
+            f"--dataloader_num_workers, and {the_same_command(args)}."
         ) from error
 
 

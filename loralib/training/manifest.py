@@ -159,12 +159,23 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
-def the_same_command(output_dir: str | Path) -> str:
-    """For a message: what the same command does after a run that ended early."""
-    last = last_checkpoint(output_dir)
-    if last is None:
+def the_same_command(args: Any) -> str:
+    """For a message: what the same command does after a run that ended early.
+
+    Args:
+        args: the run's TrainingArguments. Flags that let the command begin elsewhere than at the last checkpoint are
+            named, to be left out.
+    """
+    last = last_checkpoint(args.output_dir)
+    named = str(getattr(args, "resume_from_checkpoint", None) or "true")
+    if last is None and named.lower() == "true":
         return "the same command starts anew, since no checkpoint was written before"
-    return f"the same command goes on from the last good checkpoint, {last}"
+    if last is None:
+        return f"the same command goes on from {named}"
+    flags = ["--overwrite_output_dir"] if getattr(args, "overwrite_output_dir", False) else []
+    flags += ["--resume_from_checkpoint"] if named.lower() != "true" else []
+    without = f" without {' and '.join(flags)}" if flags else ""
+    return f"the same command{without} goes on from the last good checkpoint, {last}"
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -59,5 +59,5 @@ class StopOnSigterm(Checkpoints):
             self._save_checkpoint(model, trial)
         raise RunInterrupted(
             f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}: "
-            f"{the_same_command(self.args.output_dir)}."
+            f"{the_same_command(self.args)}."
         )
