@@ -26,6 +26,7 @@ from scipy import stats
 from loralib.report import comparison, drawing, figures, page, tuning
 from loralib.report.runs import Run
 from loralib.report.spectrum import adapter_spectra, effective_rank, singular_values
+from loralib.sweep.records import compact
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
@@ -326,6 +327,16 @@ def test_costs_are_means_over_all_processes_and_leave_the_head_out(tmp_path: Pat
     assert "the most memory in use, tensors on the fullest GPU of the first process;" in text
     with open(tmp_path / "report.csv") as file:
         assert [line["seconds"] for line in csv.DictReader(file)] == ["101", "299", "102"]
+
+
+def test_parameters_that_remain_of_other_libraries_are_not_known(tmp_path: Path) -> None:
+    """PEFT's layers are none of this project's: their ranks are not counted, which is not 0; 0 of all gates is."""
+    counts = {"trainable": 3000, "lora": 2000, "head": 1000, "remaining": 0, "modules": {}}
+    assert Run(tmp_path, {"parameters": counts}).remaining("last") is None
+    pruned = counts | {"modules": {"a": {"rank": 0}, "b": {"rank": 0}}}
+    assert Run(tmp_path, {"parameters": pruned}).remaining("last") == 0
+    record = compact({"arguments": {}, "parameters": pruned})
+    assert Run(tmp_path, record).remaining("last") == 0
 
 
 @pytest.mark.usefixtures("no_figures")

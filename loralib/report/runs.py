@@ -145,8 +145,8 @@ class Run:
         counts = self.data.get("parameters") or {}
         if not counts.get("lora"):
             return None
-        if selection == "last":
-            return counts.get("remaining")
+        if selection == "last":  # 0 without the rank of any matrix: the factors are another library's
+            return counts.get("remaining") if counts.get("remaining") or self.ranks else None
         evaluation = self.evaluation(selection) or {}
         return evaluation.get("remaining_nonzero", evaluation.get("remaining"))
 

@@ -77,7 +77,7 @@ def compact(run: Mapping[str, Any], arm: str | None = None) -> dict[str, Any]:
         ranks = (
             {n: m.get("rank") for n, m in modules.items() if isinstance(m, dict)} if isinstance(modules, dict) else {}
         )
-        if len(set(ranks.values())) > 1:  # pruned; else the rank is lora_r everywhere
+        if len(set(ranks.values())) > 1 or 0 in ranks.values():  # pruned; else the rank is lora_r everywhere
             record["parameters"]["modules"] = {name: {"rank": rank} for name, rank in ranks.items()}
     history = run.get("history")
     watched = ("eval_", "heldout_", "rank_total")
