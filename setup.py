@@ -30,6 +30,7 @@ setup(
         "sentencepiece>=0.2",  # with protobuf: reads spm.model, DeBERTa-v3's only tokenizer file
         "protobuf>=5.26",
         "tensorboard>=2.18",
+        "markdown>=3.6,<4",  # the report as HTML
         "matplotlib>=3.10",  # figures of the report, and the heatmap of ranks in TensorBoard
     ],
     extras_require={

@@ -1,10 +1,10 @@
-"""Tables and figures from the results files (run.json) below a folder: report.md, report.csv and PNG figures.
+"""Tables and figures from the results files (run.json) below a folder: report.md, .html, .csv, .tex and figures.
 
     python scripts/report.py output/ [--selection last|best|heldout] [--out DIR]
 
 last: the metrics at the end of the run. best: those of the evaluation with the best score, chosen and reported on the
 same rows, so biased upwards. heldout: the evaluation that is best on one half of the validation rows, with its metrics
-on the other half (runs with --heldout_split SEED). Needs numpy, pandas, scipy, safetensors and matplotlib.
+on the other half (runs with --heldout_split SEED). Needs numpy, pandas, scipy, safetensors, markdown, matplotlib.
 """
 
 import sys

@@ -83,7 +83,7 @@ def make_run(
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at tables alone."""
-    monkeypatch.setattr(page, "draw", lambda *_: ([], []))
+    monkeypatch.setattr(page, "draw", lambda *_: ({}, []))
 
 
 def text_of(root: Path, *args: str) -> str:

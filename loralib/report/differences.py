@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from loralib.report.comparison import holm, p_value, paired, verdict
-from loralib.report.runs import brief
+from loralib.report.runs import SMALLER_IS_BETTER, brief
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, scores, table
 
 
@@ -60,6 +60,22 @@ def comparisons(runs: pd.DataFrame) -> list[Comparison]:
         found.append(replace(one, p=p_value(ours, theirs)) if one.made else one)
     corrected = holm([one.p for one in found])
     return [replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
+
+
+def clear_best(runs: pd.DataFrame, metric: str) -> str | None:
+    """The method of one task that is better than every other one by the paired 95 % interval; None where none is.
+
+    Methods with fewer than three common seeds, or that differ in more than the method, leave none clear.
+    """
+    parts = {name: part for _, name, part in by_method(runs) if scores(part, metric)}
+    sign = -1 if metric in SMALLER_IS_BETTER else 1
+
+    def beats(name: str, other: str) -> bool:
+        n, mean, half = paired(scores(parts[name], metric), scores(parts[other], metric))
+        return n >= 3 and sign * mean > half and not unlike_settings(parts[name], parts[other])
+
+    clear = [name for name in parts if all(beats(name, other) for other in parts if other != name)]
+    return clear[0] if clear and len(parts) > 1 else None
 
 
 def difference_table(found: Sequence[Comparison]) -> str:

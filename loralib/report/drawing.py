@@ -1,6 +1,7 @@
 """Which figures a set of runs gives, and the files that they are written to."""
 
 import hashlib
+import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,18 +22,23 @@ class Folder:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.made: list[str] = []
+        self.made: dict[str, str] = {}  # SVG text by the name of the PNG file
         self.problems: list[str] = []
 
     def save(self, name: str, draw: Callable[..., Any], *arguments: Any) -> None:
-        """Draw and write one figure; its file is called after `name`."""
+        """Draw one figure and write it as PNG and PDF; its files are called after `name`."""
+        png, svg = self.out / file_name(name), io.StringIO()
         try:
-            draw(*arguments).savefig(self.out / file_name(name), dpi=130)
+            figure = draw(*arguments)
+            figure.savefig(png, dpi=130)
+            figure.set_layout_engine("none")  # it has done its work
+            figure.savefig(png.with_suffix(".pdf"), metadata={"CreationDate": None})
+            figure.savefig(svg, format="svg", metadata={"Date": None})
         except Exception as error:  # matplotlib raises many kinds; the tables must not be lost with a figure
             reason = escape(f"{type(error).__name__}: {error}"[:300])
             self.problems.append(f"The figure {escape(name)} could not be drawn: {reason}.")
         else:
-            self.made.append(file_name(name))
+            self.made[png.name] = svg.getvalue()
 
 
 def file_name(name: str) -> str:
@@ -58,8 +64,9 @@ def band(runs: Sequence[Run], key: str, x: str, factor: float) -> figures.Band |
 
 def draw(
     runs: pd.DataFrame, selection: str, out: Path, tuned: Mapping[str, Any] | None = None
-) -> tuple[list[str], list[str]]:
-    """All figures as PNG files; returns their names, and a line for each figure or adapter that failed.
+) -> tuple[dict[str, str], list[str]]:
+    """All figures as PNG and PDF files; returns their SVG text by the name of the PNG, and a line for each figure or
+    adapter that failed.
 
     Args:
         tuned: the record of a tuning, whose trials get figures, too.

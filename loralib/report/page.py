@@ -1,4 +1,4 @@
-"""The report: one page, one CSV file and the figures, from all runs below a folder."""
+"""The report: a page as Markdown and as HTML, a CSV file, a table for LaTeX and figures, from runs below a folder."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ from loralib.adapters.writing import write_file
 from loralib.errors import InputError
 from loralib.report.differences import comparisons, difference_table, sentences
 from loralib.report.drawing import draw
+from loralib.report.latex import latex_table
 from loralib.report.runs import brief, frame, read
 from loralib.report.tables import (
     code,
@@ -23,6 +24,7 @@ from loralib.report.tables import (
     stage_table,
 )
 from loralib.report.tuning import chosen_table, expected_table, final_runs, read_tuning, trials_are_equal
+from loralib.report.webpage import webpage
 
 SELECTIONS = {
     "last": "the end of each run (where a run was told to load its best checkpoint, that one), validation split",
@@ -81,7 +83,10 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None)
     parts += problems
     if made:
         parts += ["## Figures", "\n\n".join(f"![{name}]({name})" for name in made)]
-    write_file(out / "report.md", ("\n\n".join(parts) + "\n").encode(errors="replace"))
+    text = "\n\n".join(parts) + "\n"
+    write_file(out / "report.md", text.encode(errors="replace"))
+    write_file(out / "report.html", webpage(text, made).encode(errors="replace"))
+    write_file(out / "report.tex", latex_table(runs, selection, _models(runs)).encode(errors="replace"))
     write_csv(runs, others, selection, root, out)
     return out / "report.md"
 
