@@ -1,1 +1,1 @@
-"""The trainer: exact resume, complete checkpoints, guards, sampling, the penalty beside the task loss."""
+"""Training: the trainer with exact resume, checkpoints, guards and sampling; the callback and the mixin for others."""

@@ -21,7 +21,7 @@ from loralib.training.settings import argument_settings
 
 
 class RunningSums(Protocol):
-    """Sums that the next log is made from, as JSON values."""
+    """Sums from which the next log is made; a checkpoint keeps them as JSON values."""
 
     def progress(self) -> dict[str, Any]: ...
 
@@ -29,7 +29,7 @@ class RunningSums(Protocol):
 
 
 class Checkpoints(Guards):
-    """Writes checkpoints, which count once their manifest is there; only then are older ones removed."""
+    """Writes checkpoints. One counts once it has its manifest, and only then are older ones removed."""
 
     def __init__(
         self,
@@ -44,11 +44,11 @@ class Checkpoints(Guards):
         self.running_sums: list[RunningSums] = []
         self._epoch_over = False
         self._save_due = False
-        self._saved: list[Path] = []  # checkpoints since training began
+        self._saved: list[Path] = []  # checkpoints that this process has written since training began
         self._train_began = time.time()
 
     def numeric_settings(self) -> dict[str, Any]:
-        """All that decides the run's numbers, as JSON values."""
+        """Every setting that decides the run's numbers, as JSON values."""
         own = self.settings | argument_settings(self.args)
         rows = self.train_dataset
         some = json.dumps([rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})], sort_keys=True, default=str)
@@ -66,12 +66,13 @@ class Checkpoints(Guards):
         }
 
     def _awaits_end_of_epoch(self) -> bool:
-        """Whether a checkpoint has to wait until the end of the epoch has evaluated and logged (exact resume)."""
+        """Whether a checkpoint must wait until the epoch that ends has evaluated and logged (exact resume)."""
         ends = self.control.should_training_stop or float(self.state.epoch or 0).is_integer()
         return ends and not self._epoch_over
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load what this project trains with; some stock versions cannot load for several processes on the CPU."""
+        """Load optimizer, schedule and method state. The stock method fails in some versions of transformers for
+        several processes on the CPU."""
         if checkpoint is None:
             return
         for name, piece in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
@@ -87,7 +88,7 @@ class Checkpoints(Guards):
             save_method_state({k: v.state_dict() for k, v in self.method_state.items()}, output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, which counts once its manifest is there; only then are older ones removed."""
+        """Write a checkpoint and then its manifest, with which it counts; after that, remove older ones."""
         if self._awaits_end_of_epoch():
             self._save_due = True
             return
@@ -97,7 +98,7 @@ class Checkpoints(Guards):
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            if self.args.should_save and folder.exists():  # what a killed run left
+            if self.args.should_save and folder.exists():  # a killed run left it
                 remove_checkpoint(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
@@ -105,7 +106,7 @@ class Checkpoints(Guards):
             if self.args.should_save:
                 content = {"step": self.state.global_step, "settings": self.numeric_settings(), "progress": progress}
                 write_manifest(folder, content)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError on a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk torch raises RuntimeError
             shutil.rmtree(folder, ignore_errors=True)
             raise RunError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {folder} "
@@ -116,4 +117,4 @@ class Checkpoints(Guards):
         self._saved.append(folder)
         if self.args.should_save:
             rotate(folder, limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()  # nobody ends a run while the first process still writes
+        self.accelerator.wait_for_everyone()  # no process may end the run while the first one still writes

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def worker_deaths(args: Any) -> Iterator[None]:
-    """Raise RunError where a process that loads data dies (killed for its memory, say); torch raises RuntimeError."""
+    """Raise RunError, not torch's RuntimeError, when a process that loads data dies, perhaps because memory ran out."""
     try:
         yield
     except RuntimeError as error:
@@ -33,7 +33,7 @@ def worker_deaths(args: Any) -> Iterator[None]:
 
 @contextmanager
 def writing_threads() -> Iterator[None]:
-    """Log one sentence where a thread that writes (TensorBoard's) meets a full disk; Python prints a traceback."""
+    """Log one sentence, in place of a traceback, when a thread that writes (TensorBoard's) meets a full disk."""
 
     def said(failed: threading.ExceptHookArgs) -> None:
         if isinstance(failed.exc_value, OSError):
@@ -49,9 +49,9 @@ def writing_threads() -> Iterator[None]:
 
 
 class Guards(Trainer):
-    """Keeps every loss and gradient norm on the device and looks at them whenever the run logs or saves."""
+    """Keeps every loss and gradient norm on the device, and checks them whenever the run logs or saves."""
 
-    # The stock annotations are unions with None that hold for a Trainer without a model or data.
+    # The stock annotations allow None, for a Trainer without model or data; this one has both.
     args: Any
     model: Any
     train_dataset: Any
@@ -61,24 +61,24 @@ class Guards(Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._watched: list[tuple[int, Tensor]] = []  # (step, scalar on the device) since the last look
+        self._watched: list[tuple[int, Tensor]] = []  # (step, scalar on the device) since the last check
         self.add_callback(MovementWatch(self))
         if self.args.fp16 and self.args.device.type == "cpu":
             logger.warning("--fp16 has no effect on the CPU, this run computes in float32: --bf16 works there.")
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that train."""
+        """Name and parameter of everything that trains."""
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
 
     def _watch(self, value: Tensor) -> None:
-        """Keep a loss or norm of this step. They are looked at together: a step costs no operation and no waiting."""
+        """Keep a loss or norm of this step. A check looks at all of them, so that a step costs nothing."""
         self._watched.append((self.state.global_step, value.detach()))
-        if len(self._watched) >= 2000:  # where nothing is logged or saved
+        if len(self._watched) >= 2000:  # in case the run does not log or save
             self.check_finite()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        # an fp16 scaler meets infinity and skips the step
+        # With an fp16 scaler an infinite norm is normal: the scaler skips the step.
         if isinstance(norm, Tensor) and self.accelerator.scaler is None:
             self._watch(norm)
         return norm
@@ -89,7 +89,7 @@ class Guards(Trainer):
         The values stay on the device and are read only here, whenever the run logs or saves.
 
         Raises:
-            RunDiverged: it names the first such step and the last good checkpoint. All processes raise it together.
+            RunDiverged: the message names the first such step and the last good checkpoint. All processes raise it.
         """
         never = 2**62
         first = torch.full((1,), never, device=self.args.device)

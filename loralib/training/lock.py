@@ -1,4 +1,4 @@
-"""One run in an output folder at a time."""
+"""Locks an output folder, so that one run at a time writes into it."""
 
 import errno
 import fcntl
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 
-_held: dict[str, IO[str]] = {}  # one process may run one after the other in one folder
+_held: dict[str, IO[str]] = {}  # by folder; a process may make several runs in one folder, one after the other
 
 
 def open_lock(file: Path) -> IO[str]:
-    """Open a lock file, made where it is missing, for reading and writing at its end.
+    """Open a lock file for reading and for writing at its end; make it if it is missing.
 
     Raises:
-        InputError: it is a link, which could lead to a file of somebody else, or no plain file.
+        InputError: it is a link, which could lead to a foreign file, or no plain file.
         OSError: it cannot be opened.
     """
     wrong = f"{file} is a link or no plain file, and a run would write to where it leads: remove it."
@@ -41,7 +41,7 @@ def open_lock(file: Path) -> IO[str]:
 
 
 def lock(folder: str | Path) -> None:
-    """Reserve an output folder for this process. The kernel lets go when the process ends, however it ends.
+    """Reserve an output folder for this process. The kernel releases it when the process ends, in whatever way.
 
     Raises:
         InputError: another process holds it, or the folder cannot be written to.
@@ -60,7 +60,7 @@ def lock(folder: str | Path) -> None:
             f"output_dir {folder} cannot be written to ({error.strerror or error}): name a folder that can."
         ) from error
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers that outlive a killed run would keep it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would be kept by workers that outlive a killed run
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         owner = file.read(200).strip() or "unknown"
@@ -70,7 +70,7 @@ def lock(folder: str | Path) -> None:
         ) from error
     except OSError as error:  # a file system without locks
         logger.warning("%s takes no lock (%s): see to it that no second run writes there", folder, error.strerror)
-    with suppress(OSError):  # a full disk takes no note, but the lock is held
+    with suppress(OSError):  # on a full disk the note is lost, but the lock holds
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
@@ -78,8 +78,8 @@ def lock(folder: str | Path) -> None:
 
 
 def unlock(folder: str | Path) -> None:
-    """Let go of a folder that `lock` reserved."""
+    """Release a folder that `lock` reserved."""
     file = _held.pop(str(Path(folder).resolve()), None)
     if file is not None:
-        with suppress(OSError):  # the note, on a full disk
+        with suppress(OSError):  # on a full disk the note cannot be written
             file.close()

@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or recognised as not: the list of a checkpoint's files is written last.
+"""The manifest of a checkpoint, by which an incomplete or damaged one is recognised.
 
-A checkpoint folder counts once `checkpoint.json` is in it: the format's version, the step, the settings that decide the
-run's numbers, the running sums of the logs, size and SHA-256 of every other file, and at its end the SHA-256 of all
-that stands before. Version 1 lacks the last.
+A checkpoint counts only with its `checkpoint.json`, which is written last. This file holds the format's version, the
+step, the settings that decide the run's numbers, the running sums of the logs, size and SHA-256 of every other file,
+and at its end the SHA-256 of its own content up to there. Version 1 lacks this last entry.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
 MANIFEST_VERSION = 2
 REMOVED = ".{}.removed"  # name of a checkpoint while it is deleted
-END = b',\n "own_sha256": "%s"\n}\n'  # of the file, after the digest of what stands before
+END = b',\n "own_sha256": "%s"\n}\n'  # end of the file; the digest is that of the bytes before it
 
-# By checkpoint, what `_verified` found when its files were last compared: hashing gigabytes once in a run is enough.
+# By checkpoint, the `_stats` of its files when they were last compared: a run hashes gigabytes only once.
 _compared: dict[Path, tuple[Any, ...]] = {}
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Finish a checkpoint: put its files onto the disk, list them all, and write the list aside, then rename it.
+    """Finish a checkpoint: wait until its files are on the disk, and write the list of them.
 
     Args:
-        folder: the checkpoint, all other files written.
+        folder: the checkpoint, with all other files.
         content: JSON values to keep beside the list (`step`, `settings`, `progress`).
     """
     files = {
@@ -50,7 +50,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, every file compared with it.
+    """Read the manifest of a checkpoint, and compare every file with it.
 
     Raises:
         InputError: the checkpoint is half-written, damaged, or of an unknown version; the message says what is wrong.
@@ -81,14 +81,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def parse_manifest(folder: Path, raw: bytes) -> dict[str, Any]:
-    """The content of `checkpoint.json`, compared with its own checksum.
+    """Read the content of `checkpoint.json`, and compare it with its own checksum.
 
     Args:
-        folder: of the checkpoint, for messages.
-        raw: the file as it is.
+        folder: the checkpoint, for messages.
+        raw: the bytes of the file.
 
     Raises:
-        InputError: it is damaged, or of an unknown version.
+        InputError: the file is damaged, or of an unknown version.
     """
     damaged = InputError(f"checkpoint {folder} is damaged: its {MANIFEST} is not what was written.")
     end = re.search(re.escape(END).replace(b"%s", b"([0-9a-f]{64})") + rb"\Z", raw)
@@ -111,7 +111,7 @@ def parse_manifest(folder: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _well_formed(manifest: Mapping[str, Any]) -> bool:
-    """Whether all that resuming reads is there and of its type."""
+    """Whether every entry that resuming reads is there and has the right type."""
 
     def is_a(value: Any, *kinds: type) -> bool:
         return type(value) in kinds
@@ -138,7 +138,7 @@ def _well_formed(manifest: Mapping[str, Any]) -> bool:
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of what is named as a checkpoint, lowest step first."""
+    """(step, folder) of every folder that has a checkpoint's name, lowest step first."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -148,7 +148,7 @@ def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`. The log names every newer one that is skipped, and the reason."""
+    """The newest complete checkpoint in `output_dir`. The log names each newer one, and why it does not count."""
     for _, path in reversed(checkpoints(output_dir)):
         try:
             read_manifest(path)
@@ -160,11 +160,11 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def the_same_command(args: Any) -> str:
-    """For a message: what the same command does after a run that ended early.
+    """A clause for messages about a run that ended early: what the same command does next.
 
     Args:
-        args: the run's TrainingArguments. Flags that let the command begin elsewhere than at the last checkpoint are
-            named, to be left out.
+        args: the run's TrainingArguments. If a flag among them would keep the command from going on from the last
+            checkpoint, the clause says to leave it out.
     """
     last = last_checkpoint(args.output_dir)
     named = str(getattr(args, "resume_from_checkpoint", None) or "true")
@@ -179,7 +179,7 @@ def the_same_command(args: Any) -> str:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, renamed first: what a killed process leaves of it is never taken for a checkpoint."""
+    """Rename a checkpoint, then delete it: if the process is killed, the rest is not taken for a checkpoint."""
     aside = folder.with_name(REMOVED.format(folder.name))
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
@@ -187,17 +187,17 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
-    """Delete what is left of checkpoints whose removal was cut short."""
+    """Delete the rest of checkpoints whose removal was interrupted."""
     for left in Path(output_dir).glob(REMOVED.format("checkpoint-*")):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def rotate(written: Path, limit: int | None, best: str | None) -> None:
-    """Delete the checkpoints of the lowest steps, so that `limit` are left (None or 0: all stay).
+    """Delete the checkpoints of the lowest steps, so that `limit` remain; with None or 0 all remain.
 
     Args:
-        written: the checkpoint that was just written, which stays.
-        best: the one with the best metric, which stays too.
+        written: the checkpoint that was just written; it is kept.
+        best: the checkpoint with the best metric; it is kept too.
     """
     remove_leftovers(written.parent)
     kept = {written.name} | ({Path(best).name} if best else set())
@@ -211,7 +211,7 @@ def rotate(written: Path, limit: int | None, best: str | None) -> None:
 
 
 def _stats(folder: Path, files: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What changes when a listed file or the list itself changes: inode, size and time of each."""
+    """Inode, size and times of the manifest and of each listed file: they change when a file is changed."""
     found = [(folder / name).stat() for name in [MANIFEST, *files]]
     return tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
 

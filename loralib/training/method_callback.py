@@ -1,4 +1,4 @@
-"""The one callback that lets the stock Trainer train with any `Method`: each hook is one of the method's places."""
+"""The callback with which the stock Trainer trains any `Method`: it calls the method from the Trainer's hooks."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -11,22 +11,22 @@ from loralib.methods import Method
 
 logger = logging.getLogger(__name__)
 
-# Key of the method's state in the optimizer's: torch saves and loads what belongs to no parameter as it is, uncast.
+# Key of the method's state in the optimizer's state. Entries that belong to no parameter are saved and loaded uncast.
 STATE = "loralib_method"
 
 
 class MethodCallback(TrainerCallback):
-    """Calls a `Method` between clipping and the optimizer's step and right after it, and logs what it reports.
+    """Calls a `Method` right before and right after the optimizer's step, and logs its numbers.
 
-    The state of the method's pieces travels in the optimizer's own, so that every checkpoint of a stock Trainer holds
-    it and resuming brings it back, bit by bit. The penalty is part of the loss and no callback can add it:
-    `WithPenalty` does. Both it and `LoRATrainer` bring this callback along.
+    The state of the method is kept inside the optimizer's state. So every checkpoint of a stock Trainer holds it, and
+    resuming restores it bit by bit. The penalty is part of the loss, so that a callback cannot add it; `WithPenalty`
+    does. `WithPenalty` and `LoRATrainer` add this callback themselves.
 
     Args:
         method: the method.
-        add_scalars: takes numbers by name to TensorBoard, at the current step; None: they are not written.
-        penalty_in_loss: the trainer adds the penalty, or your own `compute_loss` adds `method.loss()`.
-        keep_state: keep the state in the optimizer's; not where the trainer writes it to a file.
+        add_scalars: writes numbers by name to TensorBoard, at the current step; None: they are not written.
+        penalty_in_loss: whether the trainer, or your own `compute_loss`, adds the penalty (`method.loss()`).
+        keep_state: whether to keep the state inside the optimizer's; False if the trainer writes it to a file.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class MethodCallback(TrainerCallback):
         self.penalty_in_loss, self.keep_state = penalty_in_loss, keep_state
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Tell the method how long the run is, and give its pieces the state of the checkpoint that is resumed.
+        """Tell the method how many steps the run has; on resume, restore its state.
 
         Raises:
-            InputError: the trainer lacks what the method needs (its penalty in the loss, its optimizer, its state in
-                the checkpoint), or the method's schedule does not fit into the run.
+            InputError: the trainer does not add the penalty to the loss, has another optimizer than the method needs,
+                or resumes from a checkpoint without the method's state; or the method's schedule does not fit.
         """
         method = self.method
         if method.penalty is not None and method.penalty_coef and not self.penalty_in_loss:
@@ -62,7 +62,7 @@ class MethodCallback(TrainerCallback):
                     f"{method.name} needs an optimizer of its own, {method.optimizer_class.__name__}: give the trainer "
                     "optimizers=(method.optimizer(lr), None)."
                 )
-        method.begin(state.max_steps)  # the true number, also after auto_find_batch_size
+        method.begin(state.max_steps)  # with auto_find_batch_size this is the true number, too
         if self.keep_state and method.state and state.global_step:
             saved = optimizer.state.get(STATE)
             if saved is None:
@@ -78,7 +78,7 @@ class MethodCallback(TrainerCallback):
         self.method.before_step(state.global_step, epoch=int(state.epoch or 0), measure=logged)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate's wrapper knows; the hook comes anyway
+        skipped = getattr(optimizer, "step_was_skipped", False)  # the hook is called for skipped steps, too
         self.method.after_step(state.global_step, gradients_valid=not skipped)
         if self.keep_state and self.method.state:
             optimizer.state[STATE] = {name: piece.state_dict() for name, piece in self.method.state.items()}
@@ -100,5 +100,5 @@ class MethodCallback(TrainerCallback):
             self.add_scalars(self.method.scalars())
 
     def summary(self) -> dict[str, Any]:
-        """What run.json says of the method."""
+        """The method's facts for run.json."""
         return self.method.facts()

@@ -1,4 +1,4 @@
-"""A mixin that trains any subclass of the stock Trainer with a `Method`, whose penalty no callback could add."""
+"""A mixin with which any subclass of the stock Trainer trains a `Method`, penalty included."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +15,7 @@ from loralib.training.method_callback import MethodCallback
 
 
 class PenaltyState:
-    """The penalty of the accumulation group at hand, and its mean since the last log, which stays on the device."""
+    """The penalty of the current accumulation group, and the sum since the last log, which stays on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.now: tuple[Tensor, list[nn.Parameter], list[Tensor]] | None = None  # value, parameters, gradients
@@ -28,13 +28,13 @@ class PenaltyState:
         self.steps += 1
 
     def take(self) -> float:
-        """The mean, and start again."""
+        """Return the mean since the last log, and begin anew."""
         mean = (self.sum / self.steps).item()
         self.restore({})
         return mean
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The sums that a checkpoint keeps."""
         return {"penalty_sum": self.sum.item(), "penalty_steps": self.steps}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class PenaltyState:
 
 
 def _optimizer(method: Method, trainer: Any) -> torch.optim.Optimizer:
-    """The optimizer that a method asks for, with the settings of the trainer's flags."""
+    """Make the method's optimizer with the settings of the trainer's flags."""
     args = trainer.args
     return method.optimizer(
         args.learning_rate,
@@ -59,7 +59,7 @@ def _optimizer(method: Method, trainer: Any) -> torch.optim.Optimizer:
 class WithPenalty(Trainer):
     """Gives a subclass of the stock Trainer everything that a `Method` needs: penalty, optimizer, callback and state.
 
-    It stands first among the bases, and nothing else has to be written:
+    Put it first among the bases; the class needs nothing else:
 
         class MyTrainer(WithPenalty, SFTTrainer):
             pass
@@ -67,26 +67,25 @@ class WithPenalty(Trainer):
         trainer = MyTrainer(model=model, args=args, train_dataset=rows, method=rm_lora(model, ...))
 
     Args:
-        args: as the other base.
-        method: what to train with. It brings penalty, optimizer and state; the four arguments for these below are for
-            a variant of LoRA that has no `Method`.
-        penalty: returns a scalar from the model's factors; its gradient enters at the end of each accumulation group,
+        args, kwargs: arguments of the other base.
+        method: the method to train. It has its penalty and its optimizer, so the four arguments below are only for a
+            variant of LoRA without a `Method`.
+        penalty: returns a scalar from the model's factors. Its gradient is added at the end of each accumulation group,
             before clipping, exactly as if `penalty_coef * penalty()` were part of every micro-batch's loss.
         penalty_coef: weight of the penalty; with 0 it is not computed (ledger L7).
         penalty_name: name under which the unweighted penalty is logged.
-        make_optimizer: builds the run's one optimizer from the trainer, instead of the stock choice by flags.
-        kwargs: as the other base.
+        make_optimizer: makes the optimizer from the trainer; None: the flags choose a stock one.
 
     Raises:
         InputError: `callbacks` holds a `MethodCallback`, so that the method would act twice.
     """
 
-    # The stock annotations are unions with None that hold for a Trainer without a model.
+    # The stock annotations allow None, for a Trainer without a model; this one has a model.
     args: Any
     model: Any
     optimizer: Any
 
-    # Whether the state of the method's pieces travels in the optimizer's state; not where a subclass writes a file.
+    # Whether the state of the method is kept inside the optimizer's state; False if a subclass writes it to a file.
     state_in_optimizer = True
 
     def __init__(
@@ -125,18 +124,18 @@ class WithPenalty(Trainer):
     ) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.penalty is not None:
-            if self._penalties.now is None:  # parameters stay the same within a group: once is enough
+            if self._penalties.now is None:  # once is enough: parameters do not change within a group
                 self._penalties.now = self._differentiate(self.penalty)
             value, parameters, gradients = self._penalties.now
             loss = loss + self.penalty_coef * value / self.current_gradient_accumulation_steps
             if self.accelerator.sync_gradients:
-                # After the last backward: processes have averaged their gradients, and the penalty's, the same on all
-                # of them, counts once.
+                # The last backward is over, and the processes have averaged their gradients. The penalty's gradient is
+                # the same on all of them, so it is added here and counts once.
                 scaler = self.accelerator.scaler
                 if scaler is not None:
                     gradients = list(torch._foreach_mul(gradients, scaler._scale))
                 for p in parameters:
-                    if p.grad is None:  # the forward has not used it
+                    if p.grad is None:  # the forward has not used this parameter
                         p.grad = torch.zeros_like(p)
                 own: list[Any] = [p.grad for p in parameters]
                 torch._foreach_add_(own, gradients, alpha=self.penalty_coef)
@@ -162,7 +161,7 @@ class WithPenalty(Trainer):
         super().log(logs, start_time)
 
     def add_scalars(self, values: Mapping[str, float]) -> None:
-        """Write values to TensorBoard under these very names, at the current step, where TensorBoard is on."""
+        """Write values to TensorBoard under exactly these names, at the current step, if TensorBoard is on."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for name, value in values.items():

@@ -1,7 +1,7 @@
 """Exact resume: a run that goes on from a checkpoint ends bitwise as if it had not been stopped.
 
-Comments marked "exact resume" stand where the stock Trainer does not hold that. No loop is copied: this module consists
-of overrides and one callback.
+A comment "exact resume" marks each place where the stock Trainer would break this. No loop is copied: this module
+consists of overrides and one callback.
 """
 
 import logging
@@ -24,30 +24,30 @@ logger = logging.getLogger(__name__)
 
 
 class ExactResume(StopOnSigterm, Sampling):
-    """A stock Trainer with exact resume, crash-safe checkpoints, and guards; it knows nothing of adapters.
+    """A stock Trainer with exact resume, crash-safe checkpoints and guards. It does not depend on adapters.
 
     It stops at the first loss or gradient that is not finite, and warns when nothing moves in the first ten steps.
 
     Args:
-        settings: what decides the run's numbers beside `args` (the method's flags, the data), as plain JSON values. A
-            checkpoint with other settings is refused.
-        method_state: pieces whose state a checkpoint keeps, by name.
-        kwargs: as the stock Trainer.
+        settings: the settings beside `args` that decide the run's numbers (the method's flags, the data), as JSON
+            values. A checkpoint with other settings is refused.
+        method_state: the pieces whose state a checkpoint keeps, by name.
+        kwargs: arguments of the stock Trainer.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._resumed: tuple[str, dict[str, Any]] | None = None  # checkpoint and its progress
-        self._initial: dict[str, Any] | None = None  # for auto_find_batch_size
+        self._initial: dict[str, Any] | None = None  # where auto_find_batch_size begins again
         self._finished = False
         self.seconds_before = 0.0  # of training, up to the checkpoint that is resumed
         self.add_callback(Boundaries(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Do what the stock `train` does; on SIGTERM finish the step, save a checkpoint and raise.
+        """Train as the stock method does. On SIGTERM, finish the step, save a checkpoint and raise.
 
         Raises:
-            InputError: the checkpoint is incomplete, or belongs to a run with other settings, which the message names.
+            InputError: the checkpoint is incomplete, or the run has other settings than it; the message names them.
             RunDiverged: a loss or gradient is not finite.
             RunInterrupted: SIGTERM came.
             RunError: a checkpoint could not be written.
@@ -87,21 +87,21 @@ class ExactResume(StopOnSigterm, Sampling):
         found = super()._init_training_state(max_steps, *args, **kwargs)
         names = ("logging_steps", "eval_steps", "save_steps")
         before = {name: getattr(self.state, name) for name in names}
-        self.state.compute_steps(self.args, max_steps)  # the stock Trainer keeps those of the checkpoint
+        self.state.compute_steps(self.args, max_steps)  # the stock Trainer would keep those of the checkpoint
         for name in names:
             if self._resumed is not None and before[name] != (now := getattr(self.state, name)):
                 logger.info("%s was %s until the checkpoint and is %s from here on", name, before[name], now)
         return found
 
     def start_over(self) -> None:
-        """Go back to before the first step: parameters, random states, optimizer, and no checkpoint of the attempt.
+        """Restore parameters and random states from before the first step, and remove optimizer and checkpoints.
 
         Raises:
-            RunError: the attempt went on from a checkpoint, whose steps a smaller batch cannot continue.
+            RunError: the attempt went on from a checkpoint, which a smaller batch cannot continue.
         """
         if self._resumed is not None:
             raise RunError(
-                f"the batch of {self._resumed[0]} does not fit into memory any more: free some, or start over with "
+                f"the batch of {self._resumed[0]} does not fit into memory any more: free memory, or start over with "
                 "--overwrite_output_dir."
             )
         assert self._initial is not None
@@ -124,7 +124,7 @@ class ExactResume(StopOnSigterm, Sampling):
                 remove_checkpoint(folder)
 
     def begin(self) -> None:
-        """Set the running sums to 0 or to what the checkpoint holds (exact resume); called when training begins."""
+        """Set the running sums to 0 or, on resume, to the checkpoint's (exact resume). Training begins with this."""
         self._watched = []
         self._finished = self._save_due = False
         self._saved = []
@@ -144,10 +144,11 @@ class ExactResume(StopOnSigterm, Sampling):
         self._train_began -= self.seconds_before  # ... and so are its seconds
         self._finished = progress["finished"]
         if self._finished:
-            self._load_rng_state(checkpoint)  # the stock Trainer does so only where it enters an epoch
+            self._load_rng_state(checkpoint)  # the stock Trainer would do so only when it enters an epoch
 
     def _load_rng_state(self, checkpoint: Any) -> None:
-        """Load as the stock method does, also a checkpoint from the other side of numpy 2, which renamed a function."""
+        """Load as the stock method does. This also loads checkpoints written with numpy 1 under numpy 2, which renamed
+        a function, and the other way round."""
         rebuild: Any = np.ndarray.__reduce__(np.zeros(1))[0]
         paths = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
         with torch.serialization.safe_globals([(rebuild, path) for path in paths]):
@@ -155,7 +156,7 @@ class ExactResume(StopOnSigterm, Sampling):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._epoch_over = False
-        if self._finished:  # the stock loop would make one step more
+        if self._finished:  # the stock loop would make one more step
             self.control.should_training_stop = True
             return
         if self._length_sampler is not None:
@@ -163,22 +164,22 @@ class ExactResume(StopOnSigterm, Sampling):
         super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        if skip_scheduler and self.state.global_step:  # --eval_on_start: not at every restart
+        if skip_scheduler and self.state.global_step:  # --eval_on_start evaluates once, not at every restart
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        # the stock Trainer would add this process's own share
+        # The stock Trainer would add this process's own share alone.
         self._tr_loss = self.accelerator.gather(self._tr_loss.view(1)).mean()
         return super()._finalize_training(trial, num_train_samples, min(start_time, self._train_began))
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, by the Trainer's own rule."""
+        """The number of optimizer steps of the whole run, computed by the stock Trainer."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
 
 class Boundaries(TrainerCallback):
-    """The trainer's own places in the stock loop: where training begins, and where an epoch has ended."""
+    """Tells the trainer when training begins and when an epoch has ended."""
 
     def __init__(self, trainer: ExactResume) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Which rows a step sees: every row once an epoch, on any number of processes and after a resume."""
+"""Deals rows to steps: every row once in an epoch, with any number of processes and after a resume."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ from loralib.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# A batch may have this entry, (n, weight): only its first n rows are real, and the mean of their losses is multiplied
-# by the weight, so that averaging over the processes gives the mean over all real rows.
+# A batch may have this entry, (n, weight): only its first n rows are real. The mean of their losses is multiplied by
+# the weight, so that averaging over the processes gives the mean over all real rows.
 OWN_ROWS = "own_rows"
 
 
 def check_loading(args: TrainingArguments) -> None:
-    """Refuse what deals rows in a way that a resumed run cannot repeat, or that does not count every row once.
+    """Refuse settings with which a resumed run could not deal the same rows, or with which a row could count twice.
 
     Raises:
         InputError: names the setting and the reason.
@@ -65,10 +65,10 @@ class Sampling(Trainer):
         return super().set_initial_training_values(args, dataloader)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the stock loader, but let --dataloader_drop_last leave no row out of metrics and predictions.
+        """Make the stock loader, but keep all rows in metrics and predictions despite --dataloader_drop_last.
 
-        A loader draws a seed for its workers from the global random state whenever they are started. Those that stay
-        (--dataloader_persistent_workers) are started again by a resume alone, so the draw has a generator of its own.
+        Whenever workers are started, the loader draws a seed for them from the global random state. Persistent workers
+        (--dataloader_persistent_workers) start once in a run, but again on resume, so their seed has its own generator.
         """
         drop = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop and kwargs.get("is_training", False)
@@ -81,7 +81,7 @@ class Sampling(Trainer):
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Make the stock sampler, but let length grouping draw from (seed, epoch) alone, on every process alike."""
+        """Make the stock sampler, but let length grouping draw from (seed, epoch), the same on every process."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
@@ -97,10 +97,10 @@ class Sampling(Trainer):
         return self._length_sampler
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Fetch batches as the stock method does, and mark the real rows at the end of an epoch.
+        """Fetch batches as the stock method does, and mark the real rows of an epoch's last batch.
 
-        The stock loader gives each process a full batch there, filled up with rows from the epoch's start. The batch
-        gets the entry `OWN_ROWS`, by which the loss leaves those rows out.
+        With several processes the stock loader fills this batch up with rows from the beginning of the epoch. The entry
+        `OWN_ROWS` lets the loss leave them out.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         args = self.args
@@ -114,13 +114,15 @@ class Sampling(Trainer):
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Rows of about equal length together: the stock rule (shuffle, then sort within large groups), drawn from
-    (seed, epoch) instead of the global generator, so that every process and every resumed run draws the same order.
+    """Puts rows of about equal length together, as the stock sampler does: shuffle, then sort within large groups.
+
+    It draws from (seed, epoch) instead of the global generator, so that every process and every resumed run draws the
+    same order.
 
     Args:
-        lengths: of every row.
+        lengths: the length of every row.
         batch_size: rows of one optimizer step over all processes.
-        seed: the run's.
+        seed: the seed of the run.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

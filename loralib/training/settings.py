@@ -35,23 +35,23 @@ NUMERIC_ARGUMENTS = (
     "bf16",
     "fp16",
 )
-# These too, but checkpoints did not always hold them: None stands for the default, and for what is not there.
+# These decide too, but older checkpoints lack them: None stands for the default and for a missing value.
 LATER_ARGUMENTS = (
     "torch_compile_backend",
     "torch_compile_mode",
     "tf32",
     "full_determinism",
-    "dataloader_persistent_workers",  # which draws no seeds for its workers from the global random state
+    "dataloader_persistent_workers",  # with it, no seed for workers is drawn from the global random state
 )
-# With a schedule that looks at the evaluations, these decide as well.
+# These decide as well if the schedule depends on evaluations.
 _EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
-# Settings that came later: checkpoints without them still resume.
+# Settings that older checkpoints lack; these still resume.
 LATER = frozenset({"label_names"})
 
 
 def argument_settings(args: Any) -> dict[str, Any]:
-    """The values of a run's stock arguments that decide its numbers, by name."""
+    """The stock arguments that decide a run's numbers: values by name."""
     own = {name: getattr(args, name) for name in NUMERIC_ARGUMENTS}
     own |= {name: getattr(args, name) or None for name in LATER_ARGUMENTS}
     if args.lr_scheduler_type in _BY_METRIC:
@@ -60,10 +60,15 @@ def argument_settings(args: Any) -> dict[str, Any]:
 
 
 def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any], what: str = "checkpoint") -> None:
-    """Refuse to resume a run whose settings differ: its end would equal neither run's.
+    """Refuse to resume with other settings: the result would be that of neither run.
+
+    Args:
+        folder: the checkpoint or stage, for the message.
+        saved: its settings; own: those of this run.
+        what: what the message calls the folder.
 
     Raises:
-        InputError: names each setting that differs, with both values.
+        InputError: names the settings that differ, with both values.
     """
     names = ["method"] if saved.get("method") != own.get("method") else sorted({*saved, *own} - (LATER - {*saved}))
     differing = [_difference(n, saved.get(n), own.get(n)) for n in names if saved.get(n) != own.get(n)]

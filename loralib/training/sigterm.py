@@ -1,4 +1,4 @@
-"""SIGTERM, which clusters send before they take a machine back: the step is finished and a checkpoint written."""
+"""On SIGTERM, which clusters send before they take a machine back, a run finishes its step and writes a checkpoint."""
 
 import signal
 import threading
@@ -21,13 +21,13 @@ class StopOnSigterm(Checkpoints):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._stop_requested = False
-        self._votes: Any = None  # a process group on the CPU
+        self._votes: Any = None  # a process group on the CPU, for several processes
 
     @contextmanager
     def sigterm_stops(self) -> Iterator[None]:
         if self.args.world_size > 1 and self._votes is None:
-            self._votes = dist.new_group(backend="gloo")  # agreeing to stop costs no synchronisation of the GPU
-        if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread only
+            self._votes = dist.new_group(backend="gloo")  # on the CPU, voting waits for no GPU
+        if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
             yield
             return
 
@@ -42,7 +42,7 @@ class StopOnSigterm(Checkpoints):
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def _agree_to_stop(self) -> bool:
-        """Whether any process was asked to stop; all answer the same at the same step."""
+        """Whether any process was asked to stop. All processes get the same answer at the same step."""
         if self._votes is not None:
             vote = torch.tensor(int(self._stop_requested))
             dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._votes)

@@ -1,6 +1,6 @@
 """The trainer of adapted models: a penalty beside the task loss, and checkpoints that hold the adapter alone.
 
-No loop is copied: everything here is an override of the stock Trainer's, and no method is named.
+No loop is copied: this class overrides methods of the stock Trainer. It treats all methods alike.
 """
 
 import logging
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 def task_loss(
     logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, class_weights: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy over classes, or mean squared error for one output; in float32.
+    """Mean cross-entropy over classes, or mean squared error for one output, in float32.
 
-    The stock DeBERTa model computes the same inside its forward, where picking the labelled rows costs a graph break
-    and a synchronisation.
+    The stock DeBERTa model computes the same inside its forward, but there the selection of labelled rows costs a graph
+    break and a synchronisation.
 
     Args:
         logits: (batch, classes), or (batch, 1) for regression.
         labels: (batch,).
-        class_weights: (classes,) weight of a row by its class. The sum is divided by the number of rows, where torch
-            divides by the sum of their weights: so parts of a batch add up to the whole batch.
+        class_weights: (classes,) weight of a row by its class. The weighted sum is divided by the number of rows, and
+            not, as torch does, by the sum of the weights, so that the parts of a batch add up to the whole batch.
     """
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.view(-1).float(), labels.view(-1).float())
@@ -57,10 +57,10 @@ class LoRATrainer(WithPenalty, ExactResume):
         method, penalty, penalty_coef, penalty_name, make_optimizer: see `WithPenalty`.
         adapter: facts for the adapter's config file (method, r, alpha, ...); None for full fine-tuning.
         class_weights: weight of each class in the training loss; evaluation losses are not weighted.
-        kwargs: as `ExactResume` and the stock Trainer.
+        kwargs: arguments of `ExactResume` and of the stock Trainer.
     """
 
-    state_in_optimizer = False  # method_state.safetensors has it
+    state_in_optimizer = False  # it is in method_state.safetensors
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class LoRATrainer(WithPenalty, ExactResume):
         if method is not None:
             kwargs["method_state"] = method.state
         super().__init__(method=method, **kwargs)
-        # DeBERTa's forward takes **kwargs, which the Trainer reads as "divides its loss itself"; ours does not.
+        # DeBERTa's forward takes **kwargs, and the stock Trainer concludes that it divides the loss. It does not.
         self.model_accepts_loss_kwargs = False
         self.adapter = adapter
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
@@ -81,9 +81,8 @@ class LoRATrainer(WithPenalty, ExactResume):
         name = "full" if adapter is None else adapter.get("method", "full")
         self.settings |= {"method": name, "modules": [name for name, _ in adapted_layers(self.model)]}
         for callback in self.callback_handler.callbacks:
-            if isinstance(
-                callback, TensorBoardCallback
-            ):  # without a folder, an evaluation alone would write into ./runs
+            if isinstance(callback, TensorBoardCallback):
+                # Without a folder, a run that only evaluates would write into ./runs.
                 asked = getattr(self.args, "logging_dir", None) or callback.logging_dir
                 name = f"{time.strftime('%b%d_%H-%M-%S')}_{platform.node()}"  # the stock one
                 callback.logging_dir = asked or str(Path(self.args.output_dir, "runs", name))
@@ -102,7 +101,8 @@ class LoRATrainer(WithPenalty, ExactResume):
         smoothing, weights = self.args.label_smoothing_factor, self.class_weights if model.training else None
         if OWN_ROWS in inputs:
             own, share = inputs[OWN_ROWS]
-            logits, labels = logits[: max(own, 1)], labels[: max(own, 1)]  # of none, one row with the share 0
+            rows = max(own, 1)  # a process without a real row takes one, whose share is 0
+            logits, labels = logits[:rows], labels[:rows]
             loss = task_loss(logits, labels, smoothing, weights) * share
         else:
             loss = task_loss(logits, labels, smoothing, weights)
@@ -116,7 +116,7 @@ class LoRATrainer(WithPenalty, ExactResume):
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the stock method does, but count each row once in the loss of all processes, as metrics do."""
+        """Evaluate as the stock method does. With several processes, count each row once in the loss, as in metrics."""
         output: Any = super().evaluation_loop(*args, **kwargs)
         loss = next((name for name in output.metrics if name.endswith("_loss")), None)
         if self.args.world_size > 1 and loss and isinstance(output.predictions, np.ndarray):
@@ -141,12 +141,12 @@ class LoRATrainer(WithPenalty, ExactResume):
             elif self.args.should_save:
                 save_adapter(self.model, folder, self.adapter)
                 self.model.config.save_pretrained(folder)
-                # Once, with the result: DeBERTa-v3's takes 11 MB, more than the adapter, and no checkpoint needs it.
+                # The tokenizer is saved once, with the result: DeBERTa-v3's takes 11 MB, and no checkpoint needs it.
                 if self.processing_class is not None and folder == Path(self.args.output_dir):
                     self.processing_class.save_pretrained(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing: --push_to_hub sends the finished run once, at its end."""
+        """Do nothing. --push_to_hub sends the finished run once, at its end."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.adapter is None:
@@ -176,11 +176,11 @@ class LoRATrainer(WithPenalty, ExactResume):
     # ---- the best model ----
 
     def _allocators(self) -> list[Any]:
-        """Pieces of the method that say at which steps the model is at its target budget."""
+        """The pieces of the method that know at which steps the model has its target budget."""
         return [piece for piece in self.method_state.values() if hasattr(piece, "at_target")]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Choose as the stock method does, but among evaluations at the target budget as soon as there is one."""
+        """Choose as the stock method does. Once an evaluation has the target budget, choose only among such ones."""
         state, pieces = self.state, self._allocators()
 
         def at_target(step: int) -> bool:
@@ -189,5 +189,5 @@ class LoRATrainer(WithPenalty, ExactResume):
         if state.best_global_step is not None and at_target(state.best_global_step) != at_target(state.global_step):
             if at_target(state.best_global_step):
                 return False
-            state.best_metric = None  # of a larger model
+            state.best_metric = None  # that of a larger model
         return super()._determine_best_metric(metrics, trial)
