@@ -65,6 +65,8 @@ REFUSED = {
     "eval_accumulation_steps 0": "eval_accumulation_steps is 0, it must be 1 or more",
     "eval_steps -1": "eval_steps is -1.0, it must be above 0",
     "label_names label": r"label_names is \['label'\], it must be labels",
+    "eval_on_start True": "--eval_on_start needs --do_eval",
+    "load_best_model_at_end True --save_strategy no": "--load_best_model_at_end needs --eval_strategy steps or epoch",
     "load_best_model_at_end True --eval_strategy epoch": "requires the save and eval strategy to match",
     "log_level loud": "loud",
     "neftune_noise_alpha -1": "neftune_noise_alpha is -1.0, it must be 0 or more",

@@ -52,19 +52,19 @@ REFUSED = {
 CHECKED = """
     accelerator_config activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size bf16
     data_seed dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
-    dataloader_prefetch_factor ddp_backend ddp_bucket_cap_mb ddp_timeout eval_accumulation_steps eval_steps fp16
-    gradient_accumulation_steps gradient_checkpointing_kwargs label_names label_smoothing_factor learning_rate
-    load_best_model_at_end log_level log_level_replica logging_steps lr_scheduler_kwargs lr_scheduler_type
-    max_grad_norm metric_for_best_model neftune_noise_alpha num_train_epochs optim optim_args output_dir
-    per_device_eval_batch_size per_device_train_batch_size remove_unused_columns report_to resume_from_checkpoint
-    save_steps save_strategy save_total_limit seed torch_compile torch_compile_backend torch_compile_mode
-    torch_empty_cache_steps warmup_steps weight_decay
+    dataloader_prefetch_factor ddp_backend ddp_bucket_cap_mb ddp_timeout eval_accumulation_steps eval_on_start
+    eval_steps fp16 gradient_accumulation_steps gradient_checkpointing_kwargs label_names label_smoothing_factor
+    learning_rate load_best_model_at_end log_level log_level_replica logging_steps lr_scheduler_kwargs
+    lr_scheduler_type max_grad_norm metric_for_best_model neftune_noise_alpha num_train_epochs optim optim_args
+    output_dir per_device_eval_batch_size per_device_train_batch_size remove_unused_columns report_to
+    resume_from_checkpoint save_steps save_strategy save_total_limit seed torch_compile torch_compile_backend
+    torch_compile_mode torch_empty_cache_steps warmup_steps weight_decay
 """.split()
 
 WORK = """
     activation_checkpointing average_tokens_across_devices bf16_full_eval dataloader_drop_last dataloader_in_order
     dataloader_pin_memory ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph disable_tqdm do_eval
-    do_predict do_train eval_delay eval_on_start eval_strategy fp16_full_eval full_determinism
+    do_predict do_train eval_delay eval_strategy fp16_full_eval full_determinism
     gradient_checkpointing greater_is_better hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy
     hub_token include_num_input_tokens_seen local_rank log_on_each_node logging_first_step logging_nan_inf_filter
     logging_strategy max_steps project push_to_hub run_name save_on_each_node save_only_model skip_memory_metrics
@@ -121,6 +121,12 @@ def check_before(args: TrainingArguments) -> None:
         raise InputError("--save_strategy best needs --metric_for_best_model (loss, or one of the task's metrics).")
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise InputError("--save_strategy best needs --eval_strategy steps or epoch: nothing else says what is best.")
+    if args.do_train and args.eval_strategy == "no":
+        if args.eval_on_start and not args.do_eval:
+            raise InputError("--eval_on_start needs --do_eval, or --eval_strategy steps or epoch: it evaluates.")
+        if args.load_best_model_at_end:
+            raise InputError("--load_best_model_at_end needs --eval_strategy steps or epoch: nothing else says what is "
+                             "best.")  # fmt: skip
     if args.neftune_noise_alpha is not None and args.neftune_noise_alpha < 0:
         raise InputError(f"neftune_noise_alpha is {args.neftune_noise_alpha}, it must be 0 or more.")
     if args.ddp_timeout < 1:
