@@ -1,4 +1,4 @@
-"""What the cells of a table hold: columns of one type or of several, texts, numbers; and lists of names in messages."""
+"""Cells of a table: columns of one type or of several, texts and numbers; and lists of names for messages."""
 
 import json
 import math
@@ -11,14 +11,15 @@ from datasets import Dataset, Value
 
 from loralib.errors import InputError
 
-# A column of a JSON file whose values have no common type: each value as JSON. It harms only where it is used.
+# The type of a column whose values have no common type; it keeps each value as JSON. It is refused only where such a
+# column is used.
 MIXED = pa.struct([("any JSON value", pa.string())])
-# Python reads 1_1, nan, inf and the digits of other scripts as numbers too, which nobody means by such a label.
+# Python also reads 1_1, nan, inf and the digits of other scripts as numbers; in a label they are words.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def typed(values: list[Any]) -> pa.Array:
-    """A column of Python's values, of type MIXED where they have no common type."""
+    """A column of Python values; its type is MIXED if they have no common type."""
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
@@ -32,23 +33,23 @@ def mixed(values: Sequence[Any]) -> pa.Array:
 
 
 def is_mixed(feature: object) -> bool:
-    """Whether a feature of `datasets` is that of a column of type MIXED."""
+    """Whether a feature of `datasets` describes a column of type MIXED."""
     return isinstance(feature, dict) and set(feature) == {MIXED.field(0).name}
 
 
 def unmixed(column: pa.ChunkedArray) -> list[Any]:
-    """The values of a column of type MIXED as they stand in the file."""
+    """The values of a column of type MIXED, as they were in the file."""
     return [None if value is None else json.loads(value["any JSON value"]) for value in column.to_pylist()]
 
 
 def joined(columns: Sequence[pa.Array | pa.ChunkedArray]) -> pa.ChunkedArray:
-    """The pieces of one column, of their common type; of type MIXED where they have none."""
+    """The pieces of a column as one column of their common type, or of type MIXED if they have none."""
     chunks = [chunk for column in columns for chunk in (column.chunks if hasattr(column, "chunks") else [column])]
     try:
         schemas = [pa.schema([("column", column.type)]) for column in columns]
         target = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
         return pa.chunked_array([chunk.cast(target) for chunk in chunks], target)
-    except pa.ArrowException:  # no common type, or a whole number that no float holds
+    except pa.ArrowException:  # there is no common type, or a whole number is too large for a float
         pass
     values = [unmixed(c) if c.type == MIXED else c.to_pylist() for c in chunks]
     return pa.chunked_array([mixed(piece) for piece in values], MIXED)
@@ -61,7 +62,11 @@ def column_of(dataset: Dataset, name: str) -> pa.ChunkedArray:
 
 
 def utf8_column(dataset: Dataset, name: str, where: str) -> pa.ChunkedArray:
-    """A column whose texts are UTF-8, which reading a parquet file does not look at."""
+    """One column. Its texts are checked to be UTF-8, because the reader of parquet files does not check it.
+
+    Raises:
+        InputError: a text is not UTF-8; the message names its row.
+    """
     column = column_of(dataset, name)
     try:
         column.validate(full=True)
@@ -86,7 +91,7 @@ def is_text(feature: object) -> bool:
 
 
 def first_bad_text(column: pa.ChunkedArray) -> tuple[int, object] | None:
-    """The first row of a MIXED column that holds something else than a text, and what it holds."""
+    """The first row of a MIXED column without a proper text, and its value; None if all rows have one."""
     for row, value in enumerate(unmixed(column)):
         if not isinstance(value, str):
             return row, value
@@ -98,10 +103,10 @@ def first_bad_text(column: pa.ChunkedArray) -> tuple[int, object] | None:
 
 
 def is_number(word: str) -> bool:
-    """Whether a label, or any cell, is a finite number as one writes it."""
+    """Whether a cell holds a finite number in the usual notation."""
     return _NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as a message has them: the first twenty."""
+    """The first twenty of some names, for a message."""
     return ", ".join(name[:80] for name in names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")

@@ -1,4 +1,4 @@
-"""Which columns of a table hold the texts and the labels: what the flags name, else what names and contents say."""
+"""Finds the columns of the texts and of the labels: those that flags name, otherwise by their names and contents."""
 
 import logging
 import re
@@ -13,18 +13,18 @@ from loralib.glue.labels import TableFlags
 
 logger = logging.getLogger(__name__)
 
-# Columns that say by their names that they are the texts.
+# Usual names of text columns.
 TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"),
          ("sentence",), ("text",))  # fmt: skip
-# Never taken for a text unless a flag names them: labels, and indices as pandas writes them.
+# Names of labels and of indices as pandas writes them: never a text, unless a flag names the column.
 _NO_TEXT = re.compile(r"labels?|idx|index|id||unnamed: \d+|__index_level_\d+__", re.IGNORECASE)
-# Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Han.
+# Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
-_SAMPLE = 1000  # rows that the guess looks at
+_SAMPLE = 1000  # rows that `guess_texts` reads
 
 
 def find_column(names: Sequence[str], wanted: str) -> str | None:
-    """The column of this name, or the only one that differs from it in case and spaces at its ends alone."""
+    """The column of this name; otherwise the only one whose name differs just in case or in spaces at its ends."""
     if wanted in names:
         return wanted
     close = [name for name in names if name.strip().casefold() == wanted.strip().casefold()]
@@ -32,7 +32,7 @@ def find_column(names: Sequence[str], wanted: str) -> str | None:
 
 
 def name_labels(dataset: Dataset, flags: TableFlags, where: str) -> Dataset:
-    """The column of the labels gets the name `label`; a data set without one stays as it is."""
+    """Give the column of the labels the name `label`. A data set without such a column stays as it is."""
     names = dataset.column_names
     if flags.label_column is not None:
         found = find_column(names, flags.label_column)
@@ -57,7 +57,7 @@ def named_texts(dataset: Dataset, flags: TableFlags, where: str) -> tuple[str, .
     """The columns that --text_column and --text_column_2 name.
 
     Raises:
-        InputError: there is no such column.
+        InputError: the table has no such column, or it is the column of the labels.
     """
     found = []
     for place, wanted in enumerate(flags.text_columns):
@@ -72,13 +72,13 @@ def named_texts(dataset: Dataset, flags: TableFlags, where: str) -> tuple[str, .
 
 
 def guess_texts(dataset: Dataset, where: str) -> tuple[str, ...]:
-    """The column or the two columns of texts: those of a usual name, else those that hold words and not ids.
+    """The column or the two columns of texts: those with usual names, otherwise those that hold words and not ids.
 
     Raises:
-        InputError: no such column, or more than two; the sentence names the flag that decides.
+        InputError: there is no such column, or there are more than two; the message names the flag that decides.
     """
     names = [name for name in dataset.column_names if is_text(dataset.features[name])]
-    # a column of mixed types is taken by its name too, and the row without a text is refused
+    # A column of mixed types may have a usual name; then it is taken, and its first row without a text is refused.
     shown = [name for name in dataset.column_names if name in names or is_mixed(dataset.features[name])]
     for usual in TEXTS:
         found = [find_column(shown, name) for name in usual]
@@ -93,7 +93,7 @@ def guess_texts(dataset: Dataset, where: str) -> tuple[str, ...]:
             kind, counts[name] = _kind_of(cells)
             kinds.setdefault(kind, []).append(name)
     longest = max((counts[name] for name in kinds["words"]), default=0.0)
-    # names of people or of newspapers beside the text
+    # Much shorter columns of words beside the text are names, say of people or newspapers.
     texts = [name for name in kinds["words"] if counts[name] >= 4 or 2 * counts[name] > longest] or kinds["word"]
     if not texts:
         usual_names = "; ".join(" and ".join(usual) for usual in TEXTS)
@@ -111,7 +111,7 @@ def guess_texts(dataset: Dataset, where: str) -> tuple[str, ...]:
 
 
 def _kind_of(cells: Sequence[str]) -> tuple[str, float]:
-    """number, words, id, word or nothing; and the mean number of words."""
+    """What a column holds (number, words, id, word or nothing), and its mean number of words."""
     if not cells:
         return "nothing", 0
     if all(is_number(cell.strip()) for cell in cells):
@@ -125,7 +125,11 @@ def _kind_of(cells: Sequence[str]) -> tuple[str, float]:
 
 
 def rename_texts(dataset: Dataset, texts: Sequence[str], task_columns: Sequence[str], where: str) -> Dataset:
-    """The named columns get the task's names, over columns that have them already."""
+    """Give the columns that flags name the task's names, and drop all other columns but `label`.
+
+    Raises:
+        InputError: the flags name more or fewer columns than the task reads, or one for a text and the labels.
+    """
     if len(texts) != len(task_columns):
         raise InputError(f"{where}: the task reads {' and '.join(task_columns)}, and --text_column names "
                          f"{' and '.join(texts)}: name as many columns as it reads.")  # fmt: skip

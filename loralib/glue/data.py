@@ -1,4 +1,4 @@
-"""From a task name, a folder or files to rows: the text columns and `label`, the same on every route."""
+"""Loads the rows of a task from its name, a folder or files. All routes give the same text columns and `label`."""
 
 import logging
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GlueData:
-    """The rows of a run; `evals` and `tests` are keyed by the task's name, MNLI's mismatched half by `mnli-mm`.
+    """The rows of a run. The keys of `evals` and `tests` are the task's name, and `mnli-mm` for MNLI's mismatched half.
 
-    Each dataset has the task's text columns and `label`: int64 ids in the order of `task.label_names`, or float32;
-    all of them -1 in a test split whose labels are hidden, absent or of no use.
+    Each dataset has the task's text columns and `label`: int64 ids in the order of `task.label_names`, or float32. If
+    the labels of a test split are hidden, absent or useless, all of them are -1.
     """
 
     task: Task
@@ -57,22 +57,23 @@ def load(
     token: str | bool | None = None,
     known: Task | None = None,
 ) -> GlueData:
-    """Load the splits that a run needs and decide which task they are (ledger D1; docs/data.md tells all of it).
+    """Load the splits that a run needs and decide which task they are (ledger D1; docs/data.md has the details).
 
-    `task_name` decides; without it the last name of the folder `dataset_name` does, if it is a task's and the columns
-    fit; else the data is a generic classification or regression task, which the log says. A `dataset_name` that exists
-    as a folder is never sent to the hub.
+    `task_name` decides. Without it, the last name of the folder `dataset_name` decides, if it is the name of a task and
+    the columns fit. Otherwise the data is a generic classification or regression task, and the log says so. The hub is
+    never asked for a `dataset_name` that exists as a folder.
 
-    `known` is the task of something that is trained already (an adapter, a model, a checkpoint). Its `label_names`,
-    None for a regression, decide the kind and the order of the classes; the file at hand decides neither, and may lack
-    classes or have no labels to predict. Names match whatever their case, surrounding spaces, `_`, `-` and inner
-    spaces. Whole numbers 0 to n - 1 in a file count by the index of the class, which the log says; those of GLUE's own
-    data keep GLUE's order. An empty `text_columns` lets the file decide which columns hold the texts, and empty
-    `metrics` stand for those of the kind. `GlueData.task` then has the order of `known.label_names`, which may differ
-    from `GLUE[task.name].label_names`.
+    Args:
+        known: the task of something that is trained already (an adapter, a model, a checkpoint). Its `label_names`,
+            None for a regression, decide the kind and the order of the classes, so `GlueData.task` may have another
+            order than `GLUE[task.name]`. The file may lack classes, or labels for a prediction. Names match without
+            regard to case, spaces, `_` and `-`. Whole numbers 0 to n - 1 in a file are indices of classes, and the log
+            says so; in GLUE's own data they follow GLUE's order. If its `text_columns` are empty, the file tells
+            which columns hold the texts; empty `metrics` stand for those of the kind.
+        others: the flags of the same names.
 
     Raises:
-        InputError: whatever cannot be used.
+        InputError: something cannot be used; the message says what.
     """
     wanted = {"train": do_train, "validation": do_eval, "test": do_predict}
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_predict_samples}
@@ -104,18 +105,18 @@ def load(
 
     def read(split: str) -> Dataset:
         table, where = source.splits[split].read(), source.splits[split].where
-        texts = named_texts(table, flags, where)  # before `label` may come to mean another column
+        texts = named_texts(table, flags, where)  # first, because then `label` may become the name of another column
         table = name_labels(table, flags, where)
         return rename_texts(table, texts, named.text_columns if named else texts, where) if texts else table
 
-    # the training split comes first
+    # The training split comes first.
     by_use = [split for use in USES for split in source.splits if use_of(split) == use]
     tables = {split: read(split) for split in by_use if wanted[use_of(split)]}
     if not by_use:
         raise InputError(f"{source.place} has no train, validation or test split: name one with --train_split.")
 
     def with_classes() -> tuple[str, Dataset]:
-        """The training split, whether this run trains or not, or what comes closest."""
+        """The training split, even if this run does not train; without one, the next split."""
         split = by_use[0]
         return split, tables[split] if split in tables else read(split)
 
@@ -145,7 +146,7 @@ def load(
                            source.splits[halves[0]].name, use)  # fmt: skip
 
     def keyed(use: str) -> dict[str, Dataset]:
-        # sorted: matched before mismatched, as GLUE reports them
+        # Sorted, matched comes before mismatched, as in GLUE's reports.
         halves = sorted(split for split in rows if use_of(split) == use)
         return {task.name + ("-mm" if split.endswith("_mismatched") else ""): rows[split] for split in halves}
 

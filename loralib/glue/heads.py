@@ -1,7 +1,7 @@
-"""The labels of a trained head are its own: who knows them, and rows whose labels count in the head's order.
+"""The labels of a trained head: finds their names and order, and brings the data into this order.
 
-Who decides the order, first to last: the config.json of the checkpoint that is resumed, adapter.json, the model's
-config, the task.
+The order is decided by the first of these that exists: the config.json of the checkpoint that is resumed, adapter.json,
+the model's config, the task.
 """
 
 import json
@@ -27,16 +27,18 @@ logger = logging.getLogger(__name__)
 
 MULTI_LABEL = "multi_label_classification"
 TWICE = "two outputs of one name"
-CLASSIFIER = "ForSequenceClassification"  # how the names of transformers' classes with a classifier end
+CLASSIFIER = "ForSequenceClassification"  # the end of the names of transformers' classifiers
 
 
 @dataclass(frozen=True)
 class TrainedHead:
     """What is known about a head before any data is read.
 
-    source: where it is written, for messages. label_names: in the order of the outputs, None for a regression; names
-    such as LABEL_0 mean nothing but their number. task: name of the task, where it is recorded. unsupported: what about
-    its outputs cannot be used here, in words. resumed: whether it is that of the checkpoint from which the run goes on.
+    source: the file that describes it, for messages.
+    label_names: in the order of the outputs, None for a regression; names such as LABEL_0 give nothing but the number.
+    task: the name of the task, if it is recorded.
+    unsupported: the property of its outputs that is not supported, in words; None if it is supported.
+    resumed: whether it comes from the checkpoint from which the run goes on.
     """
 
     source: str
@@ -54,8 +56,8 @@ class TrainedHead:
         return f"the labels {', '.join(self.label_names)}"
 
     def as_task(self) -> Task:
-        """The task that the head was trained for; the data decide its columns. One of GLUE's keeps its name only with
-        its labels.
+        """The task that the head was trained for, without columns, which the data decide. It has the name of a GLUE
+        task only if it has the labels of that task.
 
         Raises:
             InputError: the head is `unsupported`.
@@ -71,11 +73,11 @@ class TrainedHead:
         return Task("regression" if self.label_names is None else "classification", (), self.label_names, ())
 
 
-# ---- who knows ----
+# ---- find the labels ----
 
 
 def trained_head(model: ModelArguments, lora_path: str | None, checkpoint: str | None) -> TrainedHead | None:
-    """What is written about the head that a run starts from; None where no trained head is found.
+    """The head that a run starts from; None if there is no trained one.
 
     Raises:
         InputError: the adapter cannot be read, or its files contradict each other.
@@ -93,7 +95,7 @@ def trained_head(model: ModelArguments, lora_path: str | None, checkpoint: str |
 
 
 def head_of_adapter(adapter: Adapter) -> TrainedHead | None:
-    """None where the file holds no head.
+    """The head of an adapter; None if its file has none.
 
     Raises:
         InputError: adapter.json names more or fewer labels than the head has outputs.
@@ -122,7 +124,7 @@ def head_of_adapter(adapter: Adapter) -> TrainedHead | None:
 
 
 def head_of_model(model: ModelArguments) -> TrainedHead | None:
-    """From the config of the model; None for a pretrained body without a classifier, or where no config is found.
+    """The head of a model, by its config; None for a pretrained body without a classifier, or without a config.
 
     Raises:
         InputError: --config_name asks for several labels a row.
@@ -132,7 +134,7 @@ def head_of_model(model: ModelArguments) -> TrainedHead | None:
     try:
         config, _ = PreTrainedConfig.get_config_dict(name, **asked)
         named = PreTrainedConfig.get_config_dict(model.config_name, **asked)[0] if model.config_name else config
-    except Exception:  # whatever is wrong with it, load_model says so
+    except Exception:  # load_model will say what is wrong with it
         return None
     if named is not config and named.get("problem_type") == MULTI_LABEL:
         raise InputError(f"config_name {model.config_name} has problem_type {MULTI_LABEL}, which is not supported: a "
@@ -147,7 +149,7 @@ def head_of_model(model: ModelArguments) -> TrainedHead | None:
 
 
 def head_of_config(config: Mapping[str, Any], source: str) -> TrainedHead:
-    """From a classifier's config.json as transformers writes it, without id2label where two classes have no names.
+    """The head that a classifier's config.json describes. transformers leaves out id2label for two unnamed classes.
 
     Raises:
         InputError: id2label does not name the outputs 0, 1 and on.
@@ -180,14 +182,14 @@ def _json_object(file: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-# ---- whether they agree ----
+# ---- bring the data into the head's order ----
 
 
 def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
-    """The data with labels in the order of the head that the run starts from.
+    """The data with its labels in the order of the head.
 
-    If the two are for different labels, training starts a new head, and the log says so; an evaluation or a resumed
-    run is refused.
+    If head and data are for different labels, training starts a new head and the log says so. An evaluation or a
+    resumed run is refused.
 
     Raises:
         InputError: nothing trains or a checkpoint is resumed, and the head is for other labels.
@@ -209,7 +211,7 @@ def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
 
 
 def fits(head: TrainedHead, task: Task) -> bool:
-    """Whether the head is for the classes of the task, in any order, or for a regression as the task is."""
+    """Whether the head is for the classes of the task, in any order; or both are regressions."""
     if head.unsupported:
         return False
     if head.label_names is None or task.label_names is None:

@@ -1,4 +1,4 @@
-"""What stands in a column of labels: words, numbers or nothing; and the class ids or floats that it stands for."""
+"""Reads a column of labels, words, numbers or nothing, and turns it into class ids or floats."""
 
 import logging
 import math
@@ -19,14 +19,14 @@ from loralib.glue.tasks import GLUE, Task
 logger = logging.getLogger(__name__)
 
 _WHOLE = re.compile(r"([+-]?\d{1,18})(\.0*)?", re.ASCII)
-_MISSING = ("nan", "<na>", "nat")  # what pandas makes of a missing value that is turned into text
+_MISSING = ("nan", "<na>", "nat")  # pandas writes missing values into texts like this
 _INFINITE = ("inf", "+inf", "-inf", "infinity", "+infinity", "-infinity")
-_MARKS = ("-1", "-1.0", "-")  # how data of the hub, and SNLI's own files, mark a row without a label
+_MARKS = ("-1", "-1.0", "-")  # data of the hub, and SNLI's own files, mark rows without a label like this
 
 
 @dataclass(frozen=True)
 class TableFlags:
-    """What the flags say about a table, whatever its format: the columns, the kind of its labels, rows without one."""
+    """The flags about tables of any format: their columns, the kind of labels, and rows without a label."""
 
     text_columns: tuple[str, ...] = ()
     label_column: str | None = None
@@ -38,13 +38,13 @@ class TableFlags:
 class Labels:
     """A column of labels by its distinct values: row `i` has the label `words[of_row[i]]`.
 
-    Words have no spaces at their ends, those of a ClassLabel are its names, and a value that is missing is "".
+    A word has no spaces at its ends. The words of a ClassLabel are its names. A missing value is the word "".
     """
 
     words: list[str]
     of_row: np.ndarray  # (rows,) places in `words`
-    names: tuple[str, ...] | None  # of a ClassLabel, in its order
-    is_float: bool  # stored as floats, unlike digits in a text
+    names: tuple[str, ...] | None  # the names of a ClassLabel, in its order
+    is_float: bool  # stored as floats, and not as digits in a text
     is_text: bool
     spaced: list[str]  # values that had spaces at their ends
 
@@ -53,7 +53,8 @@ class Labels:
         return np.flatnonzero(np.isin(self.of_row, [i for i, word in enumerate(self.words) if word in words]))
 
     def told(self, words: Collection[str]) -> str:
-        """`row 3 (counted from 0) and 7 others have the label '-1'`, of the rows that have one of the words."""
+        """A clause about the rows that have one of the words: `row 3 (counted from 0) and 7 others have the label
+        '-1'`."""
         rows = self.rows(words)
         others = f" and {len(rows) - 1} other{'s' if len(rows) > 2 else ''} have" if len(rows) > 1 else " has"
         word = self.words[self.of_row[rows[0]]]
@@ -61,10 +62,10 @@ class Labels:
 
 
 def read_labels(dataset: Dataset, where: str) -> Labels:
-    """The column `label`.
+    """Read the column `label`.
 
     Raises:
-        InputError: it holds what cannot be a label (a list, a date, ...); the sentence names the first such row.
+        InputError: a value (a list, a date, ...) cannot be a label; the message names the first such row.
     """
     feature = dataset.features["label"]
     column = utf8_column(dataset, "label", where)
@@ -121,7 +122,7 @@ def _word(value: Any, names: tuple[str, ...] | None) -> str:
 
 
 def _whole(word: str) -> str:
-    """1.0 and 1. are 1, as a class; anything else stays."""
+    """As the name of a class, 1.0 and 1. become 1; any other word stays."""
     match = _WHOLE.fullmatch(word)
     return match[1] if match else word
 
@@ -130,18 +131,19 @@ def _whole(word: str) -> str:
 
 
 def _missing(labels: Labels, flags: TableFlags, names: Collection[str]) -> set[str]:
-    """Nothing, and the words for a missing value, unless the flags or the names of the classes make them classes."""
+    """The words that mean a missing label: "", and pandas' words unless flags or names of classes make them classes."""
     words = flags.label_type == "classes" and labels.is_text
     return {w for w in labels.words if not w or (w.casefold() in _MISSING and w not in names and not words)}
 
 
 def classes_of(labels: Labels, flags: TableFlags, where: str) -> tuple[str, ...] | None:
-    """The classes that the labels of a generic task stand for, in their order; None for a regression (ledger D1).
+    """The classes of a generic task, in their order; None for a regression (ledger D1).
 
-    Without `label_type`, floats and texts of numbers that are not all whole are a regression, all else are classes.
+    Without `label_type`, labels are a regression if they are floats, or texts of numbers that are not all whole.
+    Otherwise they are classes.
 
     Raises:
-        InputError: labels that can be read in two ways, or fewer than two classes.
+        InputError: the labels can be read in two ways, or there are fewer than two classes.
     """
     if labels.names is not None:
         return None if flags.label_type == "regression" else labels.names
@@ -202,14 +204,14 @@ def _warn_of_classes(names: Sequence[str], rows: int, where: str) -> None:
         logger.warning("%s: %s is taken for a class, not for a missing label.", where, listed(words))
 
 
-# What the words stand for
+# From words to ids and floats
 
 
 def label_ids(task: Task, trained: bool) -> dict[str, int]:
-    """Class ids by the words that stand for them.
+    """The id of the class for which each word stands.
 
-    They are the names of the classes and, for GLUE's tasks, the ids in GLUE's order, whatever the order of
-    `task.label_names`. `trained`: the names are those of a trained model, and 0 to n - 1 count by index.
+    These words are the names of the classes and, for GLUE's tasks, the ids in GLUE's own order, which may differ from
+    that of `task.label_names`. If `trained`, the names are those of a trained model, and numbers are indices.
     """
     names = task.label_names or ()
     ids = {name: i for i, name in enumerate(names)}
@@ -222,19 +224,22 @@ def label_ids(task: Task, trained: bool) -> dict[str, int]:
 
 
 def by_index(names: Sequence[str]) -> dict[str, int]:
-    """0 to n - 1 for classes whose names are words; nothing where a name is a number itself."""
+    """The indices 0 to n - 1 as words, for classes whose names are words; {} if a name is a number itself."""
     return {} if any(map(is_number, names)) else {str(i): i for i in range(len(names))}
 
 
 def label_values(
     labels: Labels, task: Task, flags: TableFlags, where: str, is_test: bool, trained: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Ids or floats for all rows, and the rows that stay (None: all).
+    """Turn labels into ids or floats.
 
-    The labels of a test split are all -1 where they are hidden or cannot be used, and every row stays.
+    A test split keeps all of its rows. If its labels are hidden or cannot be used, all of them become -1.
+
+    Returns:
+        The values of all rows, and the rows that are kept (None: all).
 
     Raises:
-        InputError: a training or validation row without a proper label; the sentence names the first one.
+        InputError: a training or validation row has no proper label; the message names the first one.
     """
     names = task.label_names or ()
     values: dict[str, float]
@@ -245,7 +250,7 @@ def label_values(
     else:
         ids = label_ids(task, trained)
         allowed = listed(list(ids))
-        named = trained or task.name in GLUE  # other classes are those of the file, as they are written there
+        named = trained or task.name in GLUE  # otherwise the classes are spelled as in the file
         spelled = {plain_label(name): i for i, name in enumerate(names)} if named else {}
         values = {}
         for word in labels.words:

@@ -1,4 +1,4 @@
-"""The pretrained model and its tokenizer, the adapter it starts from, and the facts that go beside a trained one."""
+"""Loads the pretrained model, its tokenizer and the adapter to start from, and collects facts for adapter.json."""
 
 import logging
 import os
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained classifier, in float32, and its tokenizer.
+    """Load the pretrained classifier, in float32, and its tokenizer.
 
     Raises:
-        InputError: folder missing, hub not reachable, or files that do not fit.
+        InputError: the folder is missing, the hub cannot be reached, or a file does not fit.
     """
     name = os.path.expanduser(args.model_name_or_path)
     for value in (name, args.config_name, args.tokenizer_name):
@@ -63,15 +63,16 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         tokenizer = AutoTokenizer.from_pretrained(
             args.tokenizer_name or name, use_fast=args.use_fast_tokenizer, **common
         )
-        if tokenizer.pad_token is None:  # decoder models have none
+        if tokenizer.pad_token is None:  # decoders have none
             tokenizer.pad_token = tokenizer.eos_token
         if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
             raise InputError(
                 f"the tokenizer of {args.tokenizer_name or name} knows no words, since its vocabulary (spm.model, "
                 "tokenizer.json or vocab.txt) is missing there: download it again, or give --tokenizer_name."
             )
-        config.pad_token_id = tokenizer.pad_token_id  # before the model is built: RoBERTa counts positions by it
-        # float32 whatever the file holds: the hub's DeBERTa-v3 is stored in half precision (ledger G2)
+        # This must be set before the model is built, because RoBERTa counts positions from it.
+        config.pad_token_id = tokenizer.pad_token_id
+        # The model is float32 even if its file is not: the hub's DeBERTa-v3 is in half precision (ledger G2).
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
@@ -84,7 +85,7 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
             _renew_output(model, found["mismatched_keys"], args)
     except InputError:
         raise
-    except Exception as error:  # the libraries raise whatever their file formats do
+    except Exception as error:  # each file format has its own exceptions
         if Path(name).is_dir():
             where, way = "", " (is every file whole, none half downloaded or a git-lfs pointer?)"
             if any((Path(name) / file).is_file() for file in ("adapter.json", "adapter_config.json")):
@@ -92,7 +93,7 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
         else:
             where, way = " (no such folder here, so the hub was asked; it may not have been reachable)", ""
         what = " ".join(str(error).split())[:500] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # the message would advise to run whatever the file holds
+        if isinstance(error, pickle.UnpicklingError):  # its message would advise to execute code from the file
             what = "its weights are not a file of tensors"
         if "ignore_mismatched_sizes" in what:
             what = (
@@ -107,9 +108,9 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
 
 
 def set_labels(config: Any, names: tuple[str, ...] | None, task: str | None = None) -> None:
-    """Write into a config what the outputs are: their names, or that it is a regression.
+    """Write into a config the names of the outputs, or that they are a regression.
 
-    transformers' pipeline reads `problem_type`: without it the one output of a regression would go through a sigmoid.
+    transformers' pipeline reads `problem_type`; without it, the output of a regression would go through a sigmoid.
     """
     config.num_labels = 1 if names is None else len(names)
     if names is not None:
@@ -128,7 +129,14 @@ def _same_outputs(names: tuple[str, ...] | None, task: Task) -> bool:
 
 
 def _renew_output(model: Any, mismatched: Iterable[Any], args: ModelArguments) -> None:
-    """Start the last layer of the head anew; `mismatched`: what has started anew already, for its other shape."""
+    """Start the last layer of the head anew.
+
+    Args:
+        mismatched: keys that have started anew already, because they have another shape.
+
+    Raises:
+        InputError: one of these keys lies outside the head, and --ignore_mismatched_sizes is off.
+    """
     prefix, _ = backbone_of(model)
     keys = sorted(key if isinstance(key, str) else key[0] for key in mismatched)
     foreign = [key for key in keys if not is_head(key, prefix)]
@@ -162,7 +170,7 @@ def _set_cls_dropout(config: Any, value: float) -> None:
 
 
 def load_lora_path(model: nn.Module, path: str) -> None:
-    """Start from the adapter of `--lora_path`; what was not simply copied (a differing head, say) is logged."""
+    """Start from the adapter of `--lora_path`. The log names what was not simply copied, such as a new head."""
     lines = load_lora(model, path)
     logger.info("loaded the adapter %s", path)
     for line in lines:
@@ -170,19 +178,19 @@ def load_lora_path(model: nn.Module, path: str) -> None:
 
 
 def snapshot_commit(model: ModelArguments) -> str | None:
-    """The commit of the hub's model as it lies in the cache, since a branch moves; None where it is not there."""
+    """The commit of the hub's model in the cache, because a branch moves; None if the model is not in the cache."""
     try:
         file = try_to_load_from_cache(
             model.model_name_or_path, "config.json", cache_dir=model.cache_dir, revision=model.model_revision
         )
-    except ValueError:  # no name of the hub
+    except ValueError:  # it is no name on the hub
         return None
     parts = Path(file).parts if isinstance(file, str) else ()
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def adapter_settings(method: str, lora: LoRAArguments, model: ModelArguments, task: Task) -> dict[str, Any]:
-    """Facts that `adapter.json` keeps beside the weights."""
+    """The settings of the run that `adapter.json` keeps."""
     base = os.path.expanduser(model.model_name_or_path)
     return {
         "method": method,

@@ -1,4 +1,4 @@
-"""Which task a table is: GLUE's by a flag or by the name of its folder, that of a trained model, or a generic one."""
+"""Recognises the task of a table: one of GLUE's, that of a trained model, or a generic one."""
 
 import logging
 from collections.abc import Callable
@@ -30,11 +30,14 @@ def recognise(
     """The task of the data (ledger D1).
 
     Args:
-        first: a split that this run reads, and its name; with_classes: gives the one that has all classes.
-        named: of `task_name`; known: of what is trained already.
+        first: name and rows of a split that this run reads.
+        with_classes: reads the split that should have all classes.
+        source: where the data is.
+        named: the task of `task_name`.
+        known: the task of something that is trained already.
 
     Raises:
-        InputError: data of another kind than a flag, a task or a trained model says, or columns that do not tell.
+        InputError: the data is of another kind than a flag, a task or a trained model, or its columns tell nothing.
     """
     split, table = first
     where = source.splits[split].where
@@ -58,7 +61,11 @@ def recognise(
 
 
 def _fits(table: Dataset, task: Task, where: str) -> bool:
-    """Whether the columns are the task's: its texts, and labels that are not of another task by their type."""
+    """Whether the table has the task's text columns, and no labels whose type belongs to another task.
+
+    Raises:
+        InputError: only one of two text columns is there.
+    """
     missing = [name for name in task.text_columns if name not in table.column_names]
     if missing and len(missing) < len(task.text_columns):
         raise InputError(
@@ -76,7 +83,7 @@ def _fits(table: Dataset, task: Task, where: str) -> bool:
 
 
 def _of_known(known: Task, glue: Task | None, table: Dataset, where: str, source: Source, flags: TableFlags) -> Task:
-    """The task of what is trained already, with the text columns that the data has."""
+    """The task `known` of something that is trained already, with the text columns of the data."""
     if glue is not None:
         ours, theirs = glue.label_names, known.label_names
         differ = (ours is None) != (theirs is None)
@@ -105,9 +112,10 @@ def _of_known(known: Task, glue: Task | None, table: Dataset, where: str, source
 def _names_for(
     known: Task, glue: Task | None, with_classes: Callable[[], tuple[str, Dataset]], source: Source, flags: TableFlags
 ) -> tuple[str, ...]:
-    """Names for the classes of a head that has none: the task's or the data's, in their order, if there are as many.
+    """Names for the classes of a head without names: those of the task or of the data, if there are as many.
 
-    Whole numbers stand for the index, whichever of them the data has; without labels the classes are numbers.
+    Whole numbers stand for the index of a class, even if the data lacks some of them. Without labels the names are
+    numbers.
     """
     numbers = tuple(map(str, range(known.num_labels)))
     if glue is not None:

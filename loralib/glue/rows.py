@@ -1,4 +1,4 @@
-"""The rows of a split as a run uses them: checked texts and labels, nothing else."""
+"""The rows of a split as a run uses them: checked texts and labels, and no other columns."""
 
 import logging
 
@@ -21,11 +21,11 @@ def checked_rows(
     """The text columns and `label` of one split.
 
     Args:
-        trained: the classes are those of what is trained already.
-        spaced: gets the labels that had spaces at their ends.
+        trained: whether the classes are those of something that is trained already.
+        spaced: a list to which labels with spaces at their ends are added.
 
     Raises:
-        InputError: a missing column, a row without text or without a proper label; the sentence names the first one.
+        InputError: a column is missing, or a row has no text or no proper label; the message names the first one.
     """
     needed = [*task.text_columns, *([] if is_test else ["label"])]
     if missing := [name for name in needed if name not in table.column_names]:
@@ -59,7 +59,7 @@ def checked_rows(
         and keep is None
         and np.array_equal(values, column_of(table, "label").to_numpy())
     ):
-        return table.select_columns([*task.text_columns, "label"])  # untouched, so that the hub's cache serves
+        return table.select_columns([*task.text_columns, "label"])  # unchanged, so that the hub's cache is used
     return rows.add_column("label", values, feature=Value(dtype))
 
 
@@ -75,7 +75,7 @@ def _check_texts(table: Dataset, name: str, task: Task, where: str) -> None:
     empty = pc.indices_nonzero(pc.fill_null(blank, True))
     if not len(empty):
         return
-    # QQP's release has a few questions without words; everywhere else an empty text is a mistake in the data
+    # QQP's release has a few questions without words. Everywhere else an empty text is a mistake in the data.
     if not task.drops_cut_rows or column.null_count:
         row = empty[0].as_py()
         raise InputError(f"{where}: row {row} (counted from 0) has an empty {name}, as have {len(empty) - 1} others: "

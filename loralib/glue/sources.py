@@ -1,6 +1,6 @@
-"""Where the splits are: files, a folder (the hub's files, save_to_disk, GLUE's own download), or the hub.
+"""Finds the splits of the data in files, in a folder (hub's files, save_to_disk, GLUE's download) or on the hub.
 
-Nothing that was downloaded is ever executed. Local data is held in memory: no file appears beside the user's data.
+No downloaded code is executed. Local data is held in memory, so that no file appears beside the user's data.
 """
 
 import logging
@@ -23,10 +23,10 @@ from loralib.glue.tasks import GLUE, Task, task_of_folder
 
 logger = logging.getLogger(__name__)
 
-Readers = dict[str, Callable[[], Dataset]]  # name of a split -> reads it: only what a run needs is read
+Readers = dict[str, Callable[[], Dataset]]  # by split, a function that reads it: a run reads only what it needs
 
 USES = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
-# Names of splits by their use; MNLI's come in halves.
+# Names of splits by their use. Those of MNLI have two halves.
 _SPLIT_NAME = re.compile(r"(?:(train)|(validation|valid|val|eval|dev)|(test))((?:_(?:mis)?matched)?)", re.IGNORECASE)
 # train, train-00000-of-00001, train-00000-of-00002-0a1b2c
 _SHARD = re.compile(r"(.+?)(?:-(\d+)-of-(\d+)(?:-\w+)?)?")
@@ -34,25 +34,24 @@ _SHARD = re.compile(r"(.+?)(?:-(\d+)-of-(\d+)(?:-\w+)?)?")
 
 @dataclass(frozen=True)
 class Split:
-    """A split of the data: its name where it lies, the place in words for messages, and what reads it."""
+    """A split of the data."""
 
-    name: str
-    where: str
-    read: Callable[[], Dataset]
+    name: str  # in its source
+    where: str  # the place in words, for messages
+    read: Callable[[], Dataset]  # reads its rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """The place of the data: its splits by use (train, validation, test, validation_matched, ...), the task that its
-    name suggests, and the place in words."""
+    """The place of the data."""
 
-    splits: dict[str, Split]
-    candidate: Task | None
-    place: str
+    splits: dict[str, Split]  # by use: train, validation, test, validation_matched, ...
+    candidate: Task | None  # the task that its name suggests
+    place: str  # the place in words, for messages
 
 
 def use_of(split: str) -> str:
-    """train, validation or test."""
+    """The use of a split of a `Source`: train, validation or test."""
     return split.partition("_")[0]
 
 
@@ -66,14 +65,16 @@ def find(
     cache_dir: str | None,
     token: str | bool | None,
 ) -> Source:
-    """The data that the flags name.
+    """Find the data that the flags name.
 
     Args:
-        task: of `task_name`.
-        files: `train_file`, ... by use; `named_splits`: `train_split`, ... by use; `wanted`: the uses of this run.
+        task: the task of `task_name`.
+        files: `train_file`, `validation_file` and `test_file` by use.
+        named_splits: `train_split`, `validation_split` and `test_split` by use.
+        wanted: whether this run needs the split, by use.
 
     Raises:
-        InputError: nothing there, or splits that do not fit what is wanted.
+        InputError: the data is not there, or lacks a split that is wanted.
     """
     given = {use: file for use, file in files.items() if file is not None}
     if given and dataset_name is not None:
@@ -102,7 +103,7 @@ def find(
 
 
 def _existing(use: str, file: str) -> Path:
-    path = Path(os.path.expanduser(file))  # Path's own expanduser fails on the ~name of nobody
+    path = Path(os.path.expanduser(file))  # Path's own expanduser raises for a ~name that does not exist
     if not os.path.isfile(path):
         what = "is no regular file" if os.path.exists(path) else "does not exist"
         what = "is a folder (see dataset_name)" if os.path.isdir(path) else what
@@ -125,7 +126,7 @@ def _place(
     if dataset_name is not None:
         folder = _folder(dataset_name, config_name, task)
         if folder is not None:
-            # a symlink may have a task's name, or its target
+            # The name of the task may be that of a symlink, or of its target.
             names = (Path(os.path.abspath(folder)).name, folder.resolve().name)
             candidate = task or task_of_folder(names[0]) or task_of_folder(names[1])
             return _folder_splits(folder, candidate), candidate, str(folder)
@@ -142,8 +143,8 @@ def _place(
 def _by_use(
     readers: Readers, named: Mapping[str, str | None], wanted: Mapping[str, bool], place: str
 ) -> dict[str, Split]:
-    """The splits by use: what the flags name, else what the names of the splits say."""
-    found: dict[str, dict[str, str]] = {use: {} for use in USES}  # name -> use, with MNLI's half
+    """The splits by use: those that the flags name, otherwise those whose names tell their use."""
+    found: dict[str, dict[str, str]] = {use: {} for use in USES}  # by name the use, for MNLI with its half
     for name in readers:
         if match := _SPLIT_NAME.fullmatch(name):
             use = "train" if match[1] else "validation" if match[2] else "test"
@@ -156,7 +157,7 @@ def _by_use(
                 raise InputError(
                     f"{use}_split {chosen!r} is no split of {place}: it has {', '.join(readers) or 'none'}."
                 )
-            match = _SPLIT_NAME.fullmatch(chosen)  # MNLI's halves stay what they are
+            match = _SPLIT_NAME.fullmatch(chosen)  # a half of MNLI remains one
             splits[use + (match[4].lower() if match else "")] = Split(
                 chosen, f"{place}, split {chosen}", readers[chosen]
             )
@@ -175,7 +176,7 @@ def _by_use(
 
 
 def _folder(dataset_name: str, config_name: str | None, task: Task | None) -> Path | None:
-    """The local folder that dataset_name means, the task's subfolder where it has one; None for a name of the hub."""
+    """The local folder that dataset_name means, or its subfolder for the task; None if it is a name on the hub."""
     path = Path(os.path.expanduser(dataset_name))
     if not os.path.isdir(path):
         if os.path.isfile(path):
@@ -190,10 +191,10 @@ def _folder(dataset_name: str, config_name: str | None, task: Task | None) -> Pa
 
 
 def _folder_splits(folder: Path, task: Task | None) -> Readers:
-    """save_to_disk, the hub's parquet files (in the folder or its `data`), or GLUE's own download."""
+    """The splits of a save_to_disk folder, of the hub's parquet files (also below `data`) or of GLUE's own download."""
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         try:
-            # in memory: map() would otherwise write its cache into the user's folder
+            # Otherwise map() would write its cache into the user's folder.
             saved = datasets.load_from_disk(str(folder), keep_in_memory=True)
         except Exception as error:
             raise InputError(
@@ -207,7 +208,7 @@ def _folder_splits(folder: Path, task: Task | None) -> Readers:
         entries = sorted([*folder.iterdir(), *(folder / "data").glob("*")])
     except OSError as error:
         raise InputError(f"{folder} could not be listed ({brief(error)}): make it readable.") from error
-    found: dict[str, dict[str, list[Path]]] = {}  # split -> suffix -> files
+    found: dict[str, dict[str, list[Path]]] = {}  # by split and suffix, the files
     for path in entries:
         stem, suffix = stem_and_suffix(path)
         match = _SHARD.fullmatch(stem)
@@ -263,7 +264,7 @@ def _reader(paths: list[Path], task: Task | None, split: str) -> Callable[[], Da
         if any(isinstance(feature, ClassLabel) for part in parts for feature in part.features.values()):
             raise InputError(f"The files of the split {split}, {paths[0]} and on, have different classes or types of "
                              "columns: write them anew with the same.")  # fmt: skip
-        # a column that is empty in one file, or has whole numbers in one and floats in another
+        # A column may be empty in one file, or hold whole numbers in one file and floats in another.
         columns = {name: joined([part.data.column(name) for part in parts]) for name in parts[0].column_names}
         return Dataset(datasets.table.InMemoryTable(pa.table(columns)))
 
@@ -274,14 +275,14 @@ def _reader(paths: list[Path], task: Task | None, split: str) -> Callable[[], Da
 
 
 def _hub_splits(name: str, config: str | None, cache_dir: str | None, token: str | bool | None) -> Readers:
-    """All splits of a data set of the hub, or of its copy in the cache when the hub cannot be reached."""
+    """All splits of a data set on the hub, or of its copy in the cache if the hub cannot be reached."""
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
-        # one short request first: load_dataset alone takes from 20 seconds to minutes to give up
+        # First a short request: without the hub, load_dataset takes from 20 seconds to minutes to give up.
         huggingface_hub.HfApi(token=token).dataset_info(name, timeout=10)
         reached = True
     except Exception as error:
-        # the hub answered, if only to refuse, or the name or token was so wrong that nobody asked it
+        # The hub has answered, perhaps with a refusal; or name or token were refused before it was asked.
         own_fault = isinstance(error, (ValueError, huggingface_hub.errors.LocalTokenNotFoundError))
         reached = own_fault or getattr(error, "response", None) is not None
     try:

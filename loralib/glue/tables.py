@@ -1,6 +1,6 @@
-"""One file of rows, whatever its format, becomes one table; a refusal names the file and the line.
+"""Reads a file of rows into a table. The message of a refusal names the file and the line.
 
-Formats: parquet, tsv, csv, json, jsonl, each of them also as `.gz`. docs/data.md describes them for users.
+The formats are parquet, tsv, csv, json and jsonl, each of them also as `.gz`. docs/data.md describes them for users.
 """
 
 import csv
@@ -28,7 +28,7 @@ from loralib.glue.tasks import Task
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".tsv", ".csv", ".jsonl", ".json")
-_PIECE = 50_000  # rows that are Python objects at a time, which take ten times the memory of a table
+_PIECE = 50_000  # rows held as Python objects at a time; these take ten times the memory of a table
 _ORIENT = 'pandas writes what is read here with df.to_json(path, orient="records", lines=True)'
 _STARTS = (
     (b"PK\x03\x04", "is a zip archive or an Excel file", "unpack it, or save it as csv"),
@@ -42,22 +42,22 @@ _STARTS = (
 
 
 def stem_and_suffix(path: Path) -> tuple[str, str]:
-    """`train.csv.gz` -> train, .csv; a suffix that is not read here is empty."""
+    """Name and suffix of a file: `train.csv.gz` gives train and .csv. An unknown suffix is given as ""."""
     plain = Path(path.name[: -len(".gz")]) if path.name.lower().endswith(".gz") else path
     suffix = plain.suffix.lower()
     return (plain.stem, suffix) if suffix in SUFFIXES else (path.stem, "")
 
 
 def read_file(path: Path, task: Task | None, split: str) -> Dataset:
-    """One file as a dataset.
+    """Read one file as a dataset.
 
     Raises:
-        InputError: it cannot be read; the sentence has the file's name, and the line where there is one.
+        InputError: the file cannot be read; the message names it and, where there is one, the line.
     """
     suffix = stem_and_suffix(path)[1]
     try:
         if suffix == ".parquet":
-            # ParquetFile: read_table would also look for columns in the names of the folders above
+            # Not read_table, which would also find columns in the names of the folders above.
             packed = path.name.lower().endswith(".gz")
             table = pyarrow.parquet.ParquetFile(io.BytesIO(_content(path)) if packed else path).read()
         elif suffix in (".json", ".jsonl"):
@@ -85,7 +85,7 @@ def read_file(path: Path, task: Task | None, split: str) -> Dataset:
 
 
 def hub_columns(dataset: Dataset, task: Task | None) -> Dataset:
-    """GLUE's own names of a task's columns become the hub's (`#1 String` -> `sentence1`)."""
+    """Rename a task's columns from GLUE's own names to the hub's: `#1 String` becomes `sentence1`."""
     names = dataset.column_names
     renamed = {old: new for old, new in (task.tsv_columns if task else {}).items() if old in names and new not in names}
     return dataset.rename_columns(renamed)
@@ -100,7 +100,11 @@ def _content(path: Path) -> bytes:
 
 
 def _text_content(path: Path) -> bytes:
-    """The bytes of a text file; InputError for what is no UTF-8 by its first bytes."""
+    """The bytes of a text file.
+
+    Raises:
+        InputError: its first bytes are those of another kind of file, or of another encoding than UTF-8.
+    """
     content = _content(path)
     for start, what, way in _STARTS:
         if content[:200].lstrip()[: len(start)].lower() == start.lower():
@@ -116,7 +120,7 @@ def _text_content(path: Path) -> bytes:
 
 
 def _lines(content: bytes, newline: str | None = "") -> io.TextIOWrapper:
-    # -sig: pandas, Excel and MRPC's own files may start with a byte order mark
+    # utf-8-sig, because files of pandas, of Excel and of MRPC may begin with a byte order mark.
     return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=newline)
 
 
@@ -124,7 +128,7 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
     content = _content(path)
     try:
         content.decode("utf-8")
-    except UnicodeDecodeError as whole:  # `error` counts from the start of some piece
+    except UnicodeDecodeError as whole:  # `error` counts from the beginning of a piece of the file
         error = whole
     line = content.count(b"\n", 0, error.start) + 1
     cut = content[max(0, error.start - 15) : error.start + 15].decode("cp1252", errors="replace")
@@ -151,10 +155,11 @@ def _wrong_width(path: Path, line: int, cells: Sequence[str], header: Sequence[s
 
 
 def _is_quoted(path: Path, content: bytes) -> bool:
-    """Whether a tsv file is one in which cells are quoted, as csv writers do it; in GLUE's own, a quote is a character.
+    """Whether the cells of a tsv file are quoted, as csv writers do it. In GLUE's own files a quote is a character.
 
-    In a quoted file every quote mark belongs to a cell that starts and ends with one. That alone may happen in GLUE's
-    files too, so that more is asked: quoted column names, doubled marks, or lines that only fit when read as quoted.
+    In a quoted file every quote mark belongs to a cell that begins and ends with one. This can be true of GLUE's files
+    by chance, so a second sign is needed: quoted column names, doubled marks, or lines that fit only if they are read
+    as quoted.
     """
     if b'"' not in content:
         return False
@@ -182,7 +187,7 @@ def _is_quoted(path: Path, content: bytes) -> bool:
 
 
 def _quoted_rows(path: Path, content: bytes, sep: str) -> tuple[list[str], Iterator[Sequence[str]]]:
-    """Rows of cells that may be in double quotes, with separators and line ends in them; no word means `missing`."""
+    """Read rows whose cells may be quoted and then hold separators and line ends. No word means a missing value."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(_lines(content), delimiter=sep, strict=True)
 
@@ -222,7 +227,7 @@ def _quoted_rows(path: Path, content: bytes, sep: str) -> tuple[list[str], Itera
 def _literal_rows(
     path: Path, content: bytes, task: Task | None, split: str
 ) -> tuple[list[str], Iterator[Sequence[str]]]:
-    """Rows of a tsv file as GLUE writes it: a tab always parts two columns, a quote is a character like any other."""
+    """Read rows of a tsv file as GLUE writes it: a tab always separates two columns, and a quote is a character."""
     lines = _lines(content, newline=None)
     first = lines.readline().rstrip("\n")
     header, line_number = first.split("\t"), 1
@@ -232,7 +237,7 @@ def _literal_rows(
     _distinct(path, header, "\t")
     keep = list(range(len(header)))
     if task is not None and {task.tsv_columns.get(name, name) for name in header}.issuperset(task.text_columns):
-        # nine tenths of MNLI's files are parse trees
+        # Other columns are skipped: nine tenths of MNLI's files are parse trees.
         needed = {*task.text_columns, *task.tsv_columns, "label"}
         keep = [i for i in keep if header[i] in needed]
 
@@ -268,7 +273,7 @@ def _table_of_texts(header: Sequence[str], rows: Iterator[Sequence[str]]) -> pa.
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that holds one list of them (also under one name, `{"data": [...]}`), or one a line."""
+    """Read the objects of a file that holds a list of them, also as `{"data": [...]}`, or one object in each line."""
     content = _text_content(path)
     lines = _lines(content, newline=None)
     first = next((line for line in lines if line.strip()), "").strip()
@@ -286,7 +291,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             whole = json.loads(content.decode("utf-8-sig"))
         except ValueError:
-            whole = None  # one object a line after all, and one of them is broken
+            whole = None  # the file has an object in each line, and one of them is broken
         if isinstance(whole, dict):
             lists = [value for value in (whole.get("data"), *whole.values()) if _holds_objects(value)]
             if lists and (_holds_objects(whole.get("data")) or len(lists) == 1):
@@ -330,7 +335,7 @@ def _objects(path: Path, rows: Sequence[Any], line: int | None = None) -> Iterat
 
 
 def _table_of_objects(rows: Iterator[dict[str, Any]]) -> pa.Table:
-    """A column is there if any row has it; the others then have nothing in it."""
+    """Make a table with every column that any row has. Rows without a column get a missing value there."""
     pieces: list[tuple[int, dict[str, pa.Array]]] = []
     names: dict[str, None] = {}  # in the order in which they appear
     while piece := list(islice(rows, _PIECE)):
@@ -347,7 +352,7 @@ def _table_of_objects(rows: Iterator[dict[str, Any]]) -> pa.Table:
 
 
 def _supported(path: Path, table: pa.Table) -> pa.Table:
-    """The table in types that `datasets` knows: categories as their values, and what it does not know as JSON."""
+    """The table in types that `datasets` knows: categories become their values, unknown types become JSON."""
     if len(set(table.column_names)) != len(table.column_names):
         raise InputError(f"{path} needs different column names, not {', '.join(table.column_names)[:80]}.")
     for place, field in enumerate(table.schema):
@@ -358,7 +363,7 @@ def _supported(path: Path, table: pa.Table) -> pa.Table:
             column = column.cast(pa.string())
         try:
             datasets.features.features.generate_from_arrow_type(column.type)
-        except Exception:  # whatever the library does with a type that it does not know
+        except Exception:  # the library raises various exceptions for a type that it does not know
             column = pa.chunked_array([mixed(column.to_pylist())], MIXED)
         if column.type != field.type:
             table = table.set_column(place, field.name, column)
@@ -366,7 +371,7 @@ def _supported(path: Path, table: pa.Table) -> pa.Table:
 
 
 def read_msr_paraphrase(folder: Path, task: Task, split: str) -> Dataset:
-    """MRPC out of Microsoft's files: dev_ids.tsv names the pairs of the training file that are the validation split."""
+    """Read MRPC from Microsoft's files. dev_ids.tsv names the pairs of the training file that are for validation."""
     path = folder / f"msr_paraphrase_{'test' if split == 'test' else 'train'}.txt"
     try:
         table = _table_of_texts(*_literal_rows(path, _text_content(path), None, split))
@@ -382,5 +387,5 @@ def read_msr_paraphrase(folder: Path, task: Task, split: str) -> Dataset:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of a library's message: the whole of it may fill a screen."""
+    """The first line of a library's message; the whole message may fill a screen."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"

@@ -1,4 +1,4 @@
-"""The GLUE tasks: columns, label order, metrics, and the words of GLUE's own files and of its submission server."""
+"""The GLUE tasks: columns, order of labels, metrics, and the names in GLUE's own files and on its submission server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from loralib.adapters.names import places_in
 
 @dataclass(frozen=True)
 class Task:
-    """What a classification or regression task over one or two texts needs to know about itself.
+    """A classification or regression of one or two texts.
 
     `label_names[i]` is the name of label id i, in the order of the hub's nyu-mll/glue; None means regression.
     """
@@ -18,13 +18,13 @@ class Task:
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...] | None
     metrics: tuple[str, ...]
-    label_range: tuple[float, float] | None = None  # regression: the scale of the labels, ends included
+    label_range: tuple[float, float] | None = None  # of a regression: lowest and highest label
     train_rows: int | None = None  # size of the released training split
-    # The folder that GLUE's own download makes: its name, and its column names where they are not the hub's.
+    # GLUE's own download: the name of its folder, and the column names that differ from the hub's.
     folder: str | None = None
     tsv_columns: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     tsv_header: tuple[str, ...] | None = None  # for train and dev files that come without a header
-    drops_cut_rows: bool = False  # the released training file has rows cut in two, which the hub leaves out as well
+    drops_cut_rows: bool = False  # whether the training file has rows cut in two, which the hub leaves out too
     # GLUE's server: file name and number of rows for each test split, and whether it wants label names or label ids.
     submission: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
     submits_names: bool = False
@@ -81,7 +81,7 @@ GLUE: dict[str, Task] = {
 
 
 def glue_ids(task: Task) -> list[int]:
-    """For each label id of a GLUE task its id in GLUE's own order: a trained head may have another one."""
+    """For each label id of a GLUE task, its id in GLUE's own order; the head may have another order."""
     names, own = task.label_names or (), GLUE[task.name].label_names or ()
     places = places_in(names, own)
     if places is None:
@@ -90,5 +90,5 @@ def glue_ids(task: Task) -> list[int]:
 
 
 def task_of_folder(name: str) -> Task | None:
-    """The task whose hub name (mrpc) or GLUE download folder (MRPC, SST-2, diagnostic) this is, or None."""
+    """The task with this name on the hub (mrpc) or of its download folder (MRPC, SST-2, diagnostic); None if none."""
     return next((task for task in GLUE.values() if name.lower() in (task.name, str(task.folder).lower())), None)

@@ -1,4 +1,4 @@
-"""From texts to the model's inputs: how long a row may be, on which side it is padded, and the rows themselves."""
+"""Turns texts into the model's inputs: limits the length of a row, tokenises and pads."""
 
 import logging
 from typing import Any
@@ -12,7 +12,7 @@ from loralib.glue.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-# How the models of transformers call their table of absolute positions. Tables of distances have other names.
+# Names of the tables of absolute positions in the models of transformers. Tables of distances have other names.
 _POSITION_TABLES = (
     "position_embeddings",
     "position_embedding",
@@ -21,14 +21,14 @@ _POSITION_TABLES = (
     "pos_emb",
     "wpe",
 )
-MULTIPLE = 8  # a batch padded to its longest row is padded to a multiple of this: matrix units like it
-LONGEST = 2**20  # tokens; longer ones are a slip of the keyboard, which tokenizers answer with a traceback
+MULTIPLE = 8  # the length of a batch is rounded up to a multiple of this, which suits matrix units
+LONGEST = 2**20  # tokens; a longer row is a typing mistake, for which tokenizers raise a traceback
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Tokens that a row may have in a model with absolute positions, special tokens included; None: any number.
+    """The number of tokens that a model with absolute positions can read, special tokens included; None: no limit.
 
-    RoBERTa and its family begin to count after the index of padding, so that of a table of 66 rows 64 are left.
+    RoBERTa and its family count positions from the index of padding on, so that a table of 66 rows serves 64 tokens.
     """
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
@@ -39,12 +39,12 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def row_length(max_seq_length: int, task: Task, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
-    """Tokens that a row has at most: max_seq_length, or what the tokenizer and the model's positions allow.
+    """The largest number of tokens in a row: max_seq_length, or less if the tokenizer or the model's positions ask it.
 
     The log says which of them reduced it.
 
     Raises:
-        InputError: so few tokens that no text is left, or a limit of the tokenizer that is no number of tokens.
+        InputError: no token would be left for the text, or the tokenizer's limit is no number of tokens.
     """
     limits = {"the model's positions": position_limit(model), "the tokenizer's limit": _tokenizer_limit(tokenizer)}
     length = max_seq_length
@@ -63,7 +63,7 @@ def row_length(max_seq_length: int, task: Task, tokenizer: PreTrainedTokenizerBa
 
 
 def _tokenizer_limit(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number in tokenizer_config.json, or the huge one that stands for none."""
+    """The limit in tokenizer_config.json; a huge number if it has none."""
     limit = tokenizer.model_max_length
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
         raise InputError(
@@ -74,9 +74,9 @@ def _tokenizer_limit(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def pad_on_the_right(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let `tokenizer` pad behind the text, whatever its file says.
+    """Let `tokenizer` pad behind the text, even if its file asks for the other side.
 
-    Heads of encoders read the first token, and absolute positions are counted from it. Padding in front of the text
+    The heads of encoders read the first token, and absolute positions are counted from it. Padding in front of the text
     would silently change the result of every shorter row.
 
     Raises:
@@ -100,20 +100,18 @@ def tokenize(
     fixed: bool = True,
     overwrite_cache: bool = False,
 ) -> Dataset:
-    """The dataset with exactly the model's inputs and `label`.
-
-    Texts are cut to `length` tokens (longest first for pairs) and padded to it, or left for the collator to pad.
-    overwrite_cache only concerns data of the hub, whose tokens are kept in its cache.
+    """The dataset with the model's inputs and `label`, and no other columns.
 
     Args:
-        length: as `row_length` gives it.
-        fixed: pad every row to `length`.
+        length: tokens of a row, from `row_length`. Longer texts are cut, of a pair the longer one first.
+        fixed: pad every row to `length`; otherwise the collator pads.
+        overwrite_cache: tokenise data of the hub anew, although the result is in its cache.
     """
     padding = "max_length" if fixed else False
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = (batch[column] for column in task.text_columns)
-        # the mask is asked for: a tokenizer that leaves it out would let the model read padding
+        # The mask is asked for, because some tokenizers leave it out, and the model would read padding.
         return dict(tokenizer(*texts, padding=padding, max_length=length, truncation=True, return_attention_mask=True))
 
     return dataset.map(
@@ -126,25 +124,25 @@ def tokenize(
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, length: int, fixed: bool, model: nn.Module) -> Any:
-    """What makes a batch of rows that `tokenize` gave: as they are, or padded to the longest one."""
+    """The function that makes a batch of tokenised rows: unchanged if `fixed`, else padded to the longest one."""
     if fixed:
         return default_data_collator
     limit = position_limit(model)
     rounded = -(-length // MULTIPLE) * MULTIPLE
-    # a row as long as the positions allow cannot be padded further
+    # If the longest row takes all positions of the model, it cannot be padded to a multiple.
     return DataCollatorWithPadding(
         tokenizer, pad_to_multiple_of=MULTIPLE if limit is None or rounded <= limit else None
     )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any, splits: list[Dataset]) -> None:
-    """Refuse rows, or padding, with tokens that the model does not know.
+    """Refuse rows or padding with tokens that the model does not know.
 
     Raises:
-        InputError: names the token.
+        InputError: the message names the token.
     """
     known = model.get_input_embeddings().weight.shape[0]
-    ids = tokenizer.get_vocab().values()  # not len(tokenizer): the ids of a small vocabulary may be high
+    ids = tokenizer.get_vocab().values()  # len(tokenizer) does not do: a small vocabulary may have high ids
     if max(ids, default=0) < known and tokenizer.pad_token_id < known:
         return
     highest = max(tokenizer.pad_token_id, *(max(ids) for split in splits for ids in split["input_ids"]))
