@@ -324,6 +324,9 @@ def test_refused_in_json(text: str, said: str, tmp_path: Path) -> None:
         ("stray --seed 1", "stray is not a flag of this program"),
         ("--tok=hf_abc", "Ambiguous option: --tok could match"),
         ("--hub_tokn=hf_abc", "--hub_tokn is not a flag of this program: did you mean --hub_token"),
+        ("--train_batch_size 8", "did you mean --per_device_train_batch_size"),
+        ("--lora_target_modules query", "is not a flag of this program: .*--lora_module"),
+        ("--optm_target_modules query", "--help lists all flags"),  # that flag is refused
         ("--cls_dropout 1e30", "cls_dropout is 1e\\+30, it must lie in 0 to 1"),
         ("--output_dir=", "--output_dir is missing"),
         ("--eval_accumulation_steps 0", "eval_accumulation_steps is 0, it must be 1 or more"),
@@ -339,6 +342,20 @@ def test_refused_on_the_command_line(argv: str, said: str) -> None:
     with pytest.raises(InputError, match=said) as refused:
         parse(*([] if "stray" in argv else words(USUAL)), *argv.split())
     assert len(str(refused.value)) < 500 and "\n" not in str(refused.value) and "hf_abc" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--output_dir o", "^--model_name_or_path is missing: "),
+        ("--output_dir o --model_nme_or_path m", "--model_nme_or_path is not a flag .*--model_name_or_path"),
+        ("--output_dir o --use_auth_token True", "--use_auth_token is not a flag any more: give --token"),
+        ("--output_dir o run.yaml", "run.yaml stands behind flags"),
+    ],
+)
+def test_a_flag_that_is_misspelt_is_named_where_one_that_is_needed_is_missing(argv: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        parse(*argv.split())
 
 
 @pytest.mark.parametrize("value", ["1e999", "nan", "-inf", str(10**400), "1e39", "\0"])

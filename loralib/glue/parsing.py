@@ -21,6 +21,7 @@ from transformers.hf_argparser import string_to_bool
 from loralib.errors import InputError, RunError, path_of
 from loralib.glue.flagfile import SUFFIXES, read_flags
 from loralib.glue.gone import GONE
+from loralib.glue.training_flags import REFUSED
 from loralib.secrets import hide, is_secret, remember
 
 # A flag's older name: its name of today, and what that is for a value of the older one. Of two that are given, the
@@ -91,8 +92,22 @@ class _Parser(HfArgumentParser):
         return found.pop() if len(found) == 1 else None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; a flag that is given under both of its names has what the later one says."""
-        found, unknown = super().parse_known_args(args, namespace)
+        """As argparse does; a flag that is given under both of its names has what the later one says.
+
+        A word that is no flag is refused before a flag that is missing: it may be the one, misspelt.
+        """
+        needed = [action for action in self._actions if action.required]
+        for action in needed:
+            action.required = False
+        try:
+            found, unknown = super().parse_known_args(args, namespace)
+        finally:
+            for action in needed:
+                action.required = True
+        for action in needed:
+            if getattr(found, action.dest) is None:
+                _refuse_unknown(self, [word for word in unknown if word.startswith("-")] or unknown)
+                raise InputError(f"--{action.dest} is missing: {action.help}")
         order = [self.destination(word) for word in args or ()]
         for pair in ((older, today) for older, (today, _) in OLDER.items()):
             if all(name in order for name in pair):
@@ -242,8 +257,15 @@ def _refuse_unknown(parser: Any, words: Iterable[str]) -> None:
     for word in words:
         name = hide(word.split("=")[0][:80])
         plain = name.lstrip("-").replace("-", "_")
-        known = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        known = [
+            option
+            for action in parser._actions
+            for option in action.option_strings
+            if action.dest not in REFUSED and option.lstrip("-").count("-") == 0
+        ]
+        spelt = f"--{plain}"
+        close = [option for option in known if len(plain) > 5 and plain in option]
+        close = close or difflib.get_close_matches(spelt, known, n=1, cutoff=0.75)
         if plain in GONE:
             raise InputError(f"{name} is not a flag any more: {GONE[plain]}.")
         if name.endswith(SUFFIXES):
