@@ -248,8 +248,8 @@ class Trial:
             said = self.log.read_bytes()[before:].decode(errors="replace")
             if status not in allowed[kind]:
                 return f"after {kind} the run ended with {status}"
-            # Not counted: what torch logs of an exception that it caught, what Python prints of a Ctrl-C in a destructor,
-            # and what its thread that hands tensors over prints when the process at the other end is gone.
+            # Not counted: what torch logs of an exception that it caught, what Python prints of a Ctrl-C in a
+            # destructor, and what its thread that hands tensors over prints when the other end is gone.
             lines = said.splitlines()
             uncaught = lines.count("Traceback (most recent call last):")
             uncaught -= sum(line.startswith("Exception ignored in") for line in lines)
