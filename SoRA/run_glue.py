@@ -88,7 +88,7 @@ def check_optimizer(flags: SoRAArguments, training: GlueTrainingArguments) -> No
     """Refuse an optimizer that has no place for the gates' threshold."""
     optim = getattr(training.optim, "value", training.optim)
     if flags.train_sparse and optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise InputError(f"--optim {optim} cannot be had with --train_sparse: the gates need SoRA's own AdamW.")
+        raise InputError(f"--optim {optim} cannot be used with --train_sparse: the gates need SoRA's own AdamW.")
 
 
 def choose_methods(model: Any, flags: SoRAArguments, do_train: bool) -> list[Method]:

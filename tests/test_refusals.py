@@ -66,7 +66,7 @@ REFUSED = [
     ("SoRA", SORA | {"sparse_lambda": -1}, "sparse_lambda is -1.0, it must be 0 or more"),
     ("SoRA", SORA | {"sparse_lambda_2": -1}, "sparse_lambda_2 is -1.0, it must be 0 or more"),
     ("SoRA", SORA | {"sparse_lr": 0}, "sparse_lr is 0.0, it must be above 0"),
-    ("SoRA", SORA | {"optim": "sgd"}, "--optim sgd cannot be had with --train_sparse"),
+    ("SoRA", SORA | {"optim": "sgd"}, "--optim sgd cannot be used with --train_sparse"),
     ("SoRA", SORA | {"apply_lora": False}, "--train_sparse needs --apply_lora"),
     ("AdaLoRA", {"lora_module": "querry"}, "lora_module 'querry' matches no linear layer .* choose from query, key"),
     ("AdaLoRA", {"model_name_or_path": "/no/such/model"}, "model folder /no/such/model does not exist"),
@@ -239,7 +239,7 @@ def test_diverged_run_stops_with_its_step(usual, entry_point, tmp_path, monkeypa
         (
             PermissionError(13, "Permission denied", "/cache/x"),
             2,
-            "/cache/x cannot be used (Permission denied): see to",
+            "/cache/x cannot be used (Permission denied): make it usable",
         ),
         (OSError(28, "No space left on device"), 3, "refused to go on: No space left on device."),
     ],

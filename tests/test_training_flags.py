@@ -42,7 +42,7 @@ REFUSED = {
     "batch_eval_metrics True": "--batch_eval_metrics True is not supported: GLUE's metrics are computed once",
     "debug underflow_overflow": "the message names the step",
     "length_column_name length_of_text": "rows are grouped by the number of their tokens",
-    "use_cache True": "a classifier generates nothing",
+    "use_cache True": "no use for past keys and values",
     "deepspeed ds.json": "--deepspeed ds.json is not supported: AdaLoRA, SoRA and RM-LoRA .* torchrun",
     "enable_jit_checkpoint True": "SIGTERM saves a checkpoint here without it",
     "eval_do_concat_batches False": "--eval_do_concat_batches False is not supported: GLUE's metrics",
@@ -54,7 +54,7 @@ REFUSED = {
     'liger_kernel_config {"rope":true}': "liger_kernel_config",  # argparse makes no mapping, a file does
     "optim_target_modules query": "only GaLore and APOLLO read it",
     "prediction_loss_only True": "an evaluation without predictions has no metrics",
-    "restore_callback_states_from_checkpoint True": "whatever a run needs to go on is restored",
+    "restore_callback_states_from_checkpoint True": "everything that a run needs to go on is restored",
     "use_liger_kernel True": "its kernels replace modules",
     "activation_checkpointing_kwargs soft": "it must be a JSON mapping",
     'gradient_checkpointing_kwargs {"use_reentrant":false}': "but --gradient_checkpointing is not given",
@@ -74,9 +74,9 @@ REFUSED = {
     "optim lomo": "--optim lomo is not supported",
     "optim schedule_free_adamw": "it evaluates other weights than the ones that are saved",
     "optim grokadamw": "ends with other weights than an undisturbed one",
-    "optim adamw_anyprecision": "--optim adamw_anyprecision cannot be had here: .*torchdistx",
+    "optim adamw_anyprecision": "--optim adamw_anyprecision cannot be used here: .*torchdistx",
     "optim sgd --optim_args momentum": "optim_args is 'momentum', it must be names and numbers",
-    "optim sgd --optim_args momentum=much": "--optim sgd with optim_args 'momentum=much' cannot be had here",
+    "optim sgd --optim_args momentum=much": "--optim sgd with optim_args 'momentum=much' cannot be used here",
     "optim_args betas=1": "which --optim adamw_torch_fused does not read",
     "optim sgd --optim_args momentum=0.9,speed=1": "optim_args has speed=1, which --optim sgd does not read",
     "lr_scheduler_type cosine_with_min_lr": "it needs min_lr or min_lr_rate in --lr_scheduler_kwargs",
@@ -164,7 +164,7 @@ def test_a_compiler_that_fails_is_noticed_at_the_start(tmp_path: Path, monkeypat
     training_flags.check_compiler(args)
     monkeypatch.setattr(args, "torch_compile_backend", broken)
     with pytest.raises(
-        InputError, match="--torch_compile cannot be had here.*no working C.. compiler was found"
+        InputError, match="--torch_compile cannot be used here.*no working C.. compiler was found"
     ) as caught:
         start(args, None, None, None)  # type: ignore[arg-type] # looked at later
     assert "\n" not in str(caught.value)

@@ -137,7 +137,7 @@ def export_merged(
         if r not in held and held:  # refused before a huge rank takes memory
             raise InputError(
                 f"{adapter.source / ADAPTER_CONFIG} has lora_r {r:g}, and its factors have rank "
-                f"{', '.join(map(str, sorted(held)))}: they are not of one run."
+                f"{', '.join(map(str, sorted(held)))}: they belong to different runs."
             )
         adapt(model, layer, list(adapter.config["ranks"]), r=int(r), lora_alpha=alpha)
         load_adapter(model, adapter.source)

@@ -220,7 +220,7 @@ def read_own(folder: Path) -> Adapter:
     if not wrong and config.get("low_rank") is True:
         wrong = [name for name, tensors in matrices.items() if _rank(tensors) != sizes[name]]
     if wrong:
-        raise InputError(f"{file} and {config_file.name} differ in {wrong[0]!r}: they are not of one run.")
+        raise InputError(f"{file} and {config_file.name} differ in {wrong[0]!r}: they belong to different runs.")
     return Adapter(folder, config, matrices, {name: float(scaling[name]) for name in matrices}, rest)
 
 

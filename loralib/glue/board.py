@@ -1,6 +1,6 @@
-"""What TensorBoard shows beside single curves: the HPARAMS tab, and charts that put related curves together.
+"""Writes TensorBoard's HPARAMS tab, and its CUSTOM SCALARS tab with charts that show related curves together.
 
-`SummaryWriter.add_hparams` would make a second run folder. Here the same records go into the run's own.
+`SummaryWriter.add_hparams` would make a second run folder. Here its records go into the folder of the run.
 """
 
 import time
@@ -14,7 +14,7 @@ from loralib.glue.metrics import COMBINED
 from loralib.glue.tasks import Task
 from loralib.training.trainer import LoRATrainer
 
-# What every run has, so that the plots of a sweep can compare all of its runs.
+# The results that every run has, so that the plots of a sweep can compare all of its runs.
 RESULTS = ("Final/score", "Final/loss", "Final/remaining_parameters", "Final/seconds")
 
 
@@ -41,7 +41,7 @@ class BoardCallback(TrainerCallback):
                 writer.add_custom_scalars(layout(self.trainer, self.task))
 
     def finish(self, metrics: dict[str, Any], succeeded: bool = True) -> None:
-        """Write the results, and that the run is over.
+        """Write the results, and mark the end of the run.
 
         Args:
             metrics: as `run.json` has them.
@@ -50,7 +50,7 @@ class BoardCallback(TrainerCallback):
         for board in self._boards():
             if not self.trainer.is_world_process_zero() or board.logging_dir is None:
                 continue
-            from torch.utils.tensorboard import SummaryWriter  # what `_boards` gives back has it
+            from torch.utils.tensorboard import SummaryWriter  # it is there if `_boards` finds a board
 
             score = COMBINED if f"eval_{COMBINED}" in metrics else self.task.metrics[0]
             counts = parameters(self.trainer.model)
@@ -71,12 +71,12 @@ class BoardCallback(TrainerCallback):
         return [c for c in callbacks if isinstance(c, TensorBoardCallback)] if _has_plugin() else []
 
     def _name(self) -> str:
-        """Name of the row: the sessions of a resumed run share it. The tab shows the first dozen letters."""
+        """The name of the run's row. The sessions of a resumed run share it. The tab shows its first dozen letters."""
         method = (self.trainer.adapter or {}).get("method", "full")
         return f"{method} {self.task.name} {self.flags[3].seed} {self.trainer.args.output_dir}"
 
     def _records(self, succeeded: bool = True) -> tuple[Any, Any, Any]:
-        """Summaries of the experiment, of the session's begin and of its end."""
+        """The records of the experiment, of the session's beginning and of its end."""
         from tensorboard.plugins.hparams.api_pb2 import Status
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
@@ -97,7 +97,7 @@ class BoardCallback(TrainerCallback):
 
 def _has_plugin() -> bool:
     try:
-        import tensorboard.plugins.hparams.api_pb2  # noqa: F401 - tensorboardX has no such tab
+        import tensorboard.plugins.hparams.api_pb2  # noqa: F401 - tensorboardX lacks it
     except ImportError:
         return False
     return True
@@ -106,8 +106,9 @@ def _has_plugin() -> bool:
 def hyperparameters(trainer: LoRATrainer, flags: tuple[Any, ...], task: Task) -> dict[str, Any]:
     """The columns of the HPARAMS tab, the same for every method.
 
-    The tab's plots leave out a run that lacks a value. Where a method does not use a number, its column says what is
-    then true: every direction is trained (random_rank is r), every rank stays (target_rank is r), a weight is 0.
+    The tab's plots leave out a run that lacks a value. If a method does not use a number, the column holds the value
+    that describes the method: random_rank is r because every direction is trained, target_rank is r because every rank
+    is kept, and a weight is 0.
     """
     model, _, lora, training = flags
     args = trainer.args
@@ -138,9 +139,9 @@ def hyperparameters(trainer: LoRATrainer, flags: tuple[Any, ...], task: Task) ->
 
 
 def layout(trainer: LoRATrainer, task: Task) -> dict[str, dict[str, list[Any]]]:
-    """Charts of the CUSTOM SCALARS tab, by heading; each has the tags of its curves, as regular expressions.
+    """The charts of the CUSTOM SCALARS tab by heading, each with regular expressions for the tags of its curves.
 
-    A chart names the curves of every method: TensorBoard would show two charts of one name that differ side by side.
+    A chart lists the curves of every method. Otherwise TensorBoard would show charts of one name that differ twice.
     """
     losses = dict.fromkeys(("task_loss", "orth_regu_loss", "gate_l1", "penalty", trainer.penalty_name))
     charts: dict[str, dict[str, list[Any]]] = {

@@ -1,4 +1,4 @@
-"""Caches that the libraries keep on disk, where this user may not write: `docker -u`, clusters, a read-only home."""
+"""Moves the libraries' caches if this user cannot write to them: with `docker -u`, on clusters, in a read-only home."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ from loralib.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# (module that reads it, its attribute, what lies there). The hub's own cache is not in the list: reading from it works
-# without writing, and a model that is not in it has to be downloaded to somewhere that the user chooses.
+# (module, attribute with the folder, content). The hub's own cache is not in this list: it can be read without writing,
+# and where a missing model is downloaded to should be the user's choice.
 CACHES = (
     (evaluate.config, "HF_METRICS_CACHE", "metrics"),
     (datasets.config, "HF_DATASETS_CACHE", "data sets"),
@@ -25,9 +25,9 @@ _own: tempfile.TemporaryDirectory[str] | None = None  # removed when the process
 
 
 def use_writable_caches() -> None:
-    """Move each cache that cannot be written to a temporary folder of this process, and log which one and why.
+    """Replace each cache that cannot be written by a temporary folder of this process, and log which one and why.
 
-    The libraries choose their folders when they are imported, so the place is changed where they read it.
+    The libraries choose their folders when they are imported, so this changes the attributes from which they read them.
 
     Raises:
         InputError: not even a temporary folder can be made.
@@ -58,8 +58,8 @@ def use_writable_caches() -> None:
 
 
 def _why_not_writable(folder: Path) -> str | None:
-    """The reason for which `folder` can neither be written to nor made; None if it can."""
-    if str(folder).startswith("~"):  # what expanduser leaves where neither HOME nor the user's entry exists
+    """The reason why `folder` can be neither written to nor made; None if it can."""
+    if str(folder).startswith("~"):  # expanduser has found neither HOME nor an entry of the user
         return "this user has no home"
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     try:

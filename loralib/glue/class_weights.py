@@ -1,4 +1,4 @@
-"""`--class_weights`: how much a row of each class counts in the training loss."""
+"""`--class_weights`: the weight of each class in the training loss."""
 
 import logging
 import math
@@ -14,17 +14,17 @@ BALANCED = "balanced"
 
 
 def class_weights(given: Sequence[object] | str | None, data: GlueData) -> list[float] | None:
-    """One weight for each class in the order of `data.task.label_names`, or None where none is to be used.
+    """One weight for each class in the order of `data.task.label_names`; None if there are no weights.
 
-    `balanced` gives rows / (classes x rows of the class), counted in the training rows that the run uses, as
-    scikit-learn does: the mean weight of a training row is 1.
+    `balanced` gives rows / (classes x rows of the class) as in scikit-learn, counted in the training rows that the run
+    uses. Then the mean weight of a training row is 1.
 
     Args:
-        given: the flag's words: `balanced`, or the numbers, separated by spaces or commas.
+        given: the words of the flag: `balanced`, or numbers, separated by spaces or commas.
 
     Raises:
-        InputError: the task is a regression, the number of weights is not that of the classes, a weight is not above
-            0, or a class has no row to be counted.
+        InputError: the task is a regression, there are not as many weights as classes, a weight is not above 0, or
+            `balanced` finds no row of a class.
     """
     if given is None:
         return None

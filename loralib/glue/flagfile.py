@@ -1,4 +1,4 @@
-"""A JSON or YAML file of flags."""
+"""Reads JSON and YAML files of flags."""
 
 import json
 import re
@@ -10,16 +10,16 @@ import yaml
 from loralib.errors import InputError
 
 SUFFIXES = (".json", ".yaml", ".yml")
-LARGEST = 1_000_000  # bytes: far more than all flags with long values
+LARGEST = 1_000_000  # bytes; all flags with long values need far less
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as SafeLoader reads it, but 1e-3 is a number, and an alias stands for one value only."""
+    """Reads YAML as SafeLoader does, but 1e-3 is a number, and an alias may only stand for a single value."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        if alias and not isinstance(node, yaml.ScalarNode):  # a few lines of such aliases unfold to gigabytes
+        if alias and not isinstance(node, yaml.ScalarNode):  # a few lines of such aliases can unfold to gigabytes
             raise yaml.MarkedYAMLError(problem="an alias stands for a list or mapping", problem_mark=node.start_mark)
         return node
 
@@ -30,13 +30,13 @@ _Loader.add_implicit_resolver(
 
 
 def read_flags(path: Path) -> dict[str, Any]:
-    """The flags of a file by name.
+    """Read the flags of a file.
 
     Returns:
-        For each name a text as one would type it behind the flag, None for null, a list of texts, or a dict.
+        By name a text, as it would be typed behind the flag; None for null; a list of texts; or a dict.
 
     Raises:
-        InputError: the file is missing, too large, not valid, or no mapping of names to values.
+        InputError: the file is missing, too large, not valid, or no mapping from names to values.
     """
     kind = "JSON" if path.suffix == ".json" else "YAML"
     if not path.is_file():
@@ -69,7 +69,7 @@ def read_flags(path: Path) -> dict[str, Any]:
 
 def _json_pairs(text: str) -> list[tuple[str, Any]] | None:
     class Pairs(list[tuple[str, Any]]):
-        """The object of the file, before names that come twice are lost."""
+        """An object of the file as pairs, so that names that come twice are not lost."""
 
     found = json.loads(text, object_pairs_hook=Pairs)
 
@@ -93,7 +93,7 @@ def _yaml_pairs(text: str) -> list[tuple[str, Any]] | None:
         def typed(node: Any) -> Any:
             if isinstance(node, yaml.SequenceNode):
                 return [typed(item) for item in node.value]
-            if isinstance(node, yaml.MappingNode) or node.tag not in loader.yaml_constructors:  # the latter is refused
+            if isinstance(node, yaml.MappingNode) or node.tag not in loader.yaml_constructors:  # refuses unknown tags
                 return dict(loader.construct_object(node, deep=True))
             return None if node.tag == "tag:yaml.org,2002:null" else node.value
 

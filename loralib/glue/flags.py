@@ -1,4 +1,4 @@
-"""The flags that all entry points share, as dataclasses; each refuses values that cannot work."""
+"""The flags that all entry points share, as dataclasses. Each class refuses values that cannot work."""
 
 import os
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class ModelArguments:
         "DeBERTa's attention: 'fast' computes what the 'stock' code does with less work.",
         choices=["fast", "stock"],
     )
-    # What is known of the labels before the data is read; no flag: `start` finds it.
+    # The trained head, which `start` finds before the data is read. It is no flag.
     head: Any = field(default=None, init=False, repr=False)  # heads.TrainedHead | None
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class DataArguments:
 
 @dataclass
 class LoRAArguments:
-    """What every low-rank method needs."""
+    """The settings that every low-rank method needs."""
 
     _argument_group_name = "LoRA"
 
@@ -167,12 +167,12 @@ class LoRAArguments:
 
     @property
     def layer_settings(self) -> dict[str, Any]:
-        """What an adapted layer takes from the flags."""
+        """The flags that are arguments of an adapted layer."""
         return {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
 
 
-# Least values of stock arguments. TrainingArguments takes others as they are: they would fail, or nothing would train,
-# once data and model are loaded.
+# Least values of stock arguments. TrainingArguments accepts lower ones, with which a run fails, or trains nothing, once
+# data and model are loaded.
 LEAST = {
     "learning_rate": 0,
     "weight_decay": 0,
@@ -189,7 +189,7 @@ LEAST = {
 
 @dataclass
 class GlueTrainingArguments(TrainingArguments):
-    """The stock TrainingArguments, the names that they lost, and defaults that suit adapters."""
+    """The stock TrainingArguments, flags that they no longer have, and defaults that suit adapters."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
 
@@ -197,7 +197,7 @@ class GlueTrainingArguments(TrainingArguments):
         output_dir: str = ""
         report_to: list[str] = []
 
-    # Names that are gone from transformers and that people still type, with the meaning they had.
+    # Names that transformers has dropped and people still type. They keep their meaning.
     evaluation_strategy: str | None = flag(None, "Older name of eval_strategy.")
     overwrite_output_dir: bool = flag(
         False, "Remove the files of an earlier run in output_dir; without it a run there is resumed."
@@ -220,7 +220,7 @@ class GlueTrainingArguments(TrainingArguments):
     )
     early_stopping_threshold: float | None = flag(None, "An improvement is more than this; 0 where not given.")
 
-    # The stock filter hides a NaN loss and synchronises at each step; the trainer watches the loss itself.
+    # The stock filter hides a NaN loss and synchronises at each step. The trainer checks the loss itself.
     logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the logs (not advised).")
     # All trainable parameters take part in each step and no buffer changes.
     ddp_find_unused_parameters: bool | None = flag(False, "Passed to DistributedDataParallel.")
@@ -243,7 +243,7 @@ class GlueTrainingArguments(TrainingArguments):
         self.taken_from_launcher = take_launcher_settings(self)
         check_before(self)
         if not {"LOCAL_RANK", "RANK"} & os.environ.keys():
-            self.ddp_backend = None  # one process has nobody to talk to, and would wait for others to say hello
+            self.ddp_backend = None  # a single process would wait for others
         for name, least in LEAST.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
@@ -264,19 +264,19 @@ class GlueTrainingArguments(TrainingArguments):
             self.torch_compile_backend = self.torch_compile_backend.lower()
             _refuse_choice("torch_compile_backend", self.torch_compile_backend, backends)
         if self.greater_is_better is None and self.metric_for_best_model in ("mse", "eval_mse"):
-            self.greater_is_better = False  # the stock rule knows that of losses alone
+            self.greater_is_better = False  # the stock rule knows this only of losses
         super().__post_init__()
         check_after(self)
         self._check_early_stopping()
-        if self.device.type == "cpu":  # nothing to pin for; the loader would warn
+        if self.device.type == "cpu":  # the loader would warn that there is no GPU to pin memory for
             self.dataloader_pin_memory = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What training_args.bin holds: everything but access tokens."""
+        """The content of training_args.bin: everything but access tokens."""
         return {name: None if is_secret(name) else value for name, value in vars(self).items()}
 
     def _check_early_stopping(self) -> None:
-        """The asserts of the stock callback, as sentences."""
+        """Refuse with a sentence what the stock callback refuses by assert."""
         patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
         if patience is None:
             if threshold is not None:

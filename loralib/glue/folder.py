@@ -1,4 +1,4 @@
-"""The output folder of a run: what may be in it, what is resumed, what is removed."""
+"""The output folder of a run: which contents are accepted, resumed or removed."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ RUN_NAMES = re.compile(
     r"\.checkpoint-\d+\.removed|\.unfinished|run\.json\.tmp|"
     r"\.(run\.json|adapter\.(safetensors|json)|README\.md|predict_results_[\w-]+\.txt)(\.\d+)?\.tmp"
 )
-UNFINISHED = ".unfinished"  # stands in a folder from the beginning of a training to its record
-# What may stand in a folder before its first checkpoint: half a checkpoint, or half of one that was being removed, and
-# what a sweep and TensorBoard put there.
+UNFINISHED = ".unfinished"  # a file that exists from the beginning of a training until its record is written
+# Files of a run before its first whole checkpoint: half a checkpoint, half of one that was being removed, and the files
+# of a sweep and of TensorBoard.
 EARLY = re.compile(r"checkpoint-\d+|\.checkpoint-\d+\.removed|runs|run\.log|\.lock|\.sweep\.lock")
 
 
 def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
-    """Decide what happens to an output folder that is not empty.
+    """Lock the output folder, and decide whether the run goes on from a checkpoint in it.
 
     Returns:
         The checkpoint to go on from, or None for a fresh start.
 
     Raises:
-        InputError: the folder holds damaged checkpoints alone, or a finished run without any, or what no unfinished
-            run left, and --overwrite_output_dir is not given.
+        InputError: without --overwrite_output_dir, the folder holds only damaged checkpoints, a finished run without
+            checkpoints, or files that are not those of an unfinished run.
     """
     folder = Path(training.output_dir)
     reserve(folder, training)
@@ -73,7 +73,7 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
     if last is not None:
         logger.info("going on from %s; --overwrite_output_dir would start anew", last)
         return str(last)
-    # Stages know their own checkpoints.
+    # A run in stages has its checkpoints in the folders of the stages.
     if not (_early(folder) or _has_stages(folder) or began_unfinished(folder)):
         finished = record_of(folder).get("status") == "finished"
         raise InputError(
@@ -85,7 +85,7 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
 
 
 def reserve(folder: Path, training: GlueTrainingArguments) -> None:
-    """Lock a run's folder, in the first process.
+    """Lock a run's folder, from the first process.
 
     Raises:
         InputError: another run holds it, it cannot be written to, or the run's record could not be.
@@ -97,10 +97,10 @@ def reserve(folder: Path, training: GlueTrainingArguments) -> None:
 
 
 def whole_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that a run in `folder` goes on from; None where none was written to its end.
+    """The checkpoint from which a run in `folder` goes on; None if no checkpoint was completed.
 
     Raises:
-        InputError: checkpoints were written, and each is damaged.
+        InputError: checkpoints were completed, and all of them are damaged.
     """
     last = last_checkpoint(folder)
     for _, path in [] if last else checkpoints(folder):
@@ -116,8 +116,8 @@ def whole_checkpoint(folder: Path) -> Path | None:
 
 
 def starts_clear(training: GlueTrainingArguments, checkpoint: str | None) -> bool:
-    """Whether what an earlier run left is removed before this one trains: where that was asked for, and where a
-    training ended in the folder before it was finished and wrote no checkpoint."""
+    """Whether the files of an earlier run are removed before this one trains: if a flag asks for it, or if that run
+    ended unfinished and without a checkpoint."""
     if not training.do_train or checkpoint is not None:
         return False
     folder = Path(training.output_dir)
@@ -133,7 +133,7 @@ def began_unfinished(folder: Path) -> bool:
         return False
     if (folder / UNFINISHED).exists():
         return True
-    if (folder / RUN_FILE).is_file() and not record:  # a record that was cut short, and nothing else
+    if (folder / RUN_FILE).is_file() and not record:  # the record was cut short, and nothing else is there
         return all(p.name == RUN_FILE or EARLY.fullmatch(p.name) for p in folder.iterdir())
     return bool(record) and record.get("status") != "finished" and isinstance(arguments, dict) and trained
 
@@ -147,37 +147,37 @@ def _has_stages(folder: Path) -> bool:
 
 
 def mark_unfinished(training: GlueTrainingArguments) -> None:
-    """Note that a training begins; `mark_finished` takes the note away."""
+    """Mark the folder of a training that begins; `mark_finished` removes the mark."""
     if training.should_save:
         (Path(training.output_dir) / UNFINISHED).touch()
 
 
 def mark_finished(training: GlueTrainingArguments) -> None:
-    """Once `run.json` says that the run is finished."""
+    """Remove the mark of `mark_unfinished`, once `run.json` says that the run is finished."""
     (Path(training.output_dir) / UNFINISHED).unlink(missing_ok=True)
 
 
-# Flags that name what a run reads.
+# Flags that name files or folders that a run reads.
 INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "lora_path", "dataset_name", "train_file",
           "validation_file", "test_file")  # fmt: skip
 
 
 def check_inputs_stay(output_dir: str, arguments: Sequence[Any], files: Sequence[str] = ()) -> None:
-    """Refuse to clear an output folder that holds an input of the run, or lies in the folder of one.
+    """Refuse to clear an output folder that holds an input of the run or lies inside of one.
 
     Args:
         arguments: the run's dataclasses of flags.
-        files: files of flags.
+        files: the files of flags.
 
     Raises:
-        InputError: names the input and how the two lie.
+        InputError: the message names the input, and says which contains which.
     """
     if not os.path.isdir(output_dir):
         return
     given = [(f"--{name}", getattr(part, name, None)) for part in arguments for name in INPUTS]
     for name, value in [*given, *(("the file of flags", file) for file in files)]:
         path = os.path.expanduser(value or "")
-        if not os.path.exists(path):  # a name on the hub
+        if not os.path.exists(path):  # it is a name on the hub
             continue
         folder = os.path.isdir(path)
         linked = [entry.path for entry in os.scandir(path) if entry.is_symlink()] if folder else []
@@ -196,13 +196,14 @@ def check_inputs_stay(output_dir: str, arguments: Sequence[Any], files: Sequence
 
 
 def is_within(path: str, folder: str) -> bool:
-    """Whether `path` is `folder` or lies below it, by its own name or by where its links lead."""
+    """Whether `path` is `folder` or lies below it, directly or through links."""
     ways = {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
     return any(parent.exists() and parent.samefile(folder) for way in ways for parent in (way, *way.parents))
 
 
 def clear_output_dir(run: Run) -> None:
-    """Remove what an earlier run left, where `starts_clear` says so, once nothing can be refused any more."""
+    """Remove the files of an earlier run, if `starts_clear` has said so. Call it when nothing can be refused any
+    more."""
     if not run.clear:
         return
     run.clear = False

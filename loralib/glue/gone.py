@@ -1,4 +1,4 @@
-"""Flags that transformers had and that scripts still carry: what to give in their place."""
+"""Flags that transformers has dropped and scripts still have, and what to give in their place."""
 
 _AUTOCAST = "leave it out, --fp16 and --bf16 always use PyTorch's autocast"
 _EFFECT = "leave it out, it has no effect any more"

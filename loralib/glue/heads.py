@@ -64,8 +64,8 @@ class TrainedHead:
         """
         if self.unsupported:
             raise InputError(
-                f"{self.source} is of a head with {self.unsupported}, which is not supported: a row has one label, "
-                "and a label one name here; train a new head by --do_train."
+                f"{self.source} describes a head with {self.unsupported}, which is not supported: here a row has one "
+                "label and a label has one name; train a new head by --do_train."
             )
         own = GLUE.get(self.task or "")
         if own is not None and fits(self, own):
@@ -110,8 +110,8 @@ def head_of_adapter(adapter: Adapter) -> TrainedHead | None:
         file = str(adapter.source / ADAPTER_CONFIG)
         if len(told or "x") != number:
             raise InputError(
-                f"{file} names the labels {', '.join(told or ())} and its head has {number} output(s): they are not of "
-                "one run."
+                f"{file} names the labels {', '.join(told or ())} and its head has {number} output(s): they "
+                "belong to different runs."
             )
         names = tuple(told) if told else None
         return TrainedHead(file, names, task, TWICE if names is not None and len({*names}) < number else None)
@@ -198,9 +198,9 @@ def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
         return _in_order_of(data, head)
     names = data.task.label_names
     ours = "a regression" if names is None else f"the labels {', '.join(names)}"
-    what = f"{head.source} is of a head for {head} and the data is for {ours}"
+    what = f"{head.source} describes a head for {head} and the data is for {ours}"
     if head.unsupported:
-        what = f"{head.source} is of a head with {head.unsupported}, which is not supported: a row has one label here"
+        what = f"{head.source} describes a head with {head.unsupported}, which is not supported: a row has one label"
     if head.resumed:
         raise InputError(f"{what}: go back to its data, name another --output_dir, or start over with "
                          "--overwrite_output_dir.")  # fmt: skip

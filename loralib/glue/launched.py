@@ -1,6 +1,7 @@
-"""What `accelerate launch`, its config file or ACCELERATE_* variables ask for, taken as the flags that say the same.
+"""Turns requests of `accelerate launch`, of its config file and of ACCELERATE_* variables into flags of the same
+meaning.
 
-Without this the libraries would follow the variables, while record, resume and checks would look at the flags.
+Without this the libraries would follow the variables, while record, resume and checks would follow the flags.
 """
 
 import os
@@ -19,16 +20,16 @@ _DYNAMO = "ACCELERATE_DYNAMO_"
 
 
 def take_launcher_settings(args: Any) -> list[str]:
-    """Set the flags of `args` that the variables stand for.
+    """Set the flags of `args` that correspond to the variables.
 
     Args:
-        args: the training arguments, before the stock class has looked at them.
+        args: the training arguments, before the stock class has processed them.
 
     Returns:
-        What was taken, as sentences for the log.
+        Sentences for the log about the flags that were set.
 
     Raises:
-        InputError: the launcher asks for what is refused as a flag too, or contradicts a flag.
+        InputError: the launcher asks for something that is not supported, or contradicts a flag.
     """
     for variable, what in _SHARDING.items():
         if _on(variable):
@@ -54,7 +55,7 @@ def take_launcher_settings(args: Any) -> list[str]:
 def _take_precision(args: Any) -> list[str]:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower()
     if not asked:
-        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # set to nothing: accelerate would fail on it
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # accelerate would fail on an empty value
     if asked in ("", "no"):
         return []
     if asked not in ("bf16", "fp16"):
@@ -73,13 +74,13 @@ def _take_precision(args: Any) -> list[str]:
 def _take_compiler(args: Any) -> list[str]:
     backend = os.environ.get(f"{_DYNAMO}BACKEND", "no").strip().lower() or "no"
     for name in ("USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION"):
-        # accelerate reads these even where the backend comes from --torch_compile
+        # accelerate reads these variables even if --torch_compile sets the backend.
         if _on(_DYNAMO + name) and (backend != "no" or args.torch_compile):
             raise InputError(
                 f"accelerate launch asks for --dynamo_{name.lower()}, which is not supported: give --torch_compile "
                 "with --torch_compile_backend and --torch_compile_mode alone."
             )
-    # accelerate launch always sets this to False, where torch's own default is to decide by what it meets
+    # accelerate launch always sets this to False, but by default torch decides for itself.
     os.environ.pop(f"{_DYNAMO}USE_DYNAMIC", None)
     if backend == "no":
         return []
@@ -100,5 +101,5 @@ def _on(variable: str) -> bool:
     if value not in _YES + _NO:
         raise InputError(f"{variable} is {os.environ[variable]!r}, it must be true or false.")
     if not value:
-        os.environ.pop(variable, None)  # set to nothing: accelerate would fail on it
+        os.environ.pop(variable, None)  # accelerate would fail on an empty value
     return value in _YES

@@ -1,4 +1,4 @@
-"""The official GLUE metrics, offline: an `evaluate` metric over scikit-learn and scipy, with the keys of GLUE's own."""
+"""The official GLUE metrics without network: an `evaluate` metric on scikit-learn and scipy, with the official keys."""
 
 import logging
 import re
@@ -39,7 +39,7 @@ def _correlation(function: Callable[..., Any], name: str) -> Callable[[np.ndarra
 def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
     if not np.any(predictions == 1) and not np.any(references == 1):
         logger.warning("f1 is undefined without a positive row or prediction: 0 is reported.")
-    # of class 1, as GLUE's; zero_division only covers what the line above says
+    # GLUE's F1 is that of class 1. zero_division is for the case of the warning above.
     return float(f1_score(references, predictions, labels=[1], average="micro", zero_division=0.0))
 
 
@@ -60,11 +60,11 @@ MACRO = "f1_macro"
 def metric_names(task: Task) -> list[str]:
     """Names of the task's scores.
 
-    GLUE's tasks have their official ones. A user's own classes have the macro-averaged F1 too, and precision, recall
-    and F1 of each class.
+    GLUE's tasks have their official scores. Other classifications also have the macro-averaged F1, and precision,
+    recall and F1 of each class.
     """
     if task.name in GLUE:
-        # GLUE's number for a task of two scores; a mean that holds a squared error would say nothing
+        # For a task with two scores GLUE gives their mean.
         return [*task.metrics, COMBINED] if len(task.metrics) > 1 else list(task.metrics)
     if task.label_names is None:
         return list(task.metrics)
@@ -73,10 +73,10 @@ def metric_names(task: Task) -> list[str]:
 
 
 def class_words(label_names: Sequence[str]) -> list[str]:
-    """Names of classes as parts of a metric's name: letters, digits and _, every one different.
+    """Names of classes as parts of metrics' names: they consist of letters, digits and _, and all differ.
 
-    A name that would be nothing, another's, or that would make the metric look like a loss or like the macro average,
-    gets the number of its class behind it.
+    The number of the class is appended to a name that would be empty or taken, or that would make the metric look like
+    a loss or like the macro average.
     """
     words: list[str] = []
     for number, name in enumerate(label_names):
@@ -90,7 +90,7 @@ def class_words(label_names: Sequence[str]) -> list[str]:
 
 
 def _scores_of_classes(predictions: np.ndarray, references: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Scikit-learn's f1_macro (over the classes that occur), and each class's scores, 0 where they are undefined."""
+    """scikit-learn's macro-averaged F1 over the classes that occur, and the scores of each class, 0 if undefined."""
     absent = [name for i, name in enumerate(names) if not np.any(predictions == i) and not np.any(references == i)]
     if absent:
         logger.warning(
@@ -105,14 +105,14 @@ def _scores_of_classes(predictions: np.ndarray, references: np.ndarray, names: S
 
 
 class GlueMetric(evaluate.Metric):
-    """`GlueMetric(task).compute(predictions=ids_or_floats, references=...)` -> the task's scores by name.
+    """`GlueMetric(task).compute(predictions=ids_or_floats, references=...)` returns the task's scores by name.
 
-    A score without a definition (a correlation of constants, f1 without positives) is 0, and the log says so.
+    A score that is undefined, such as a correlation of constants or F1 without positives, is 0, and the log says so.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        # in memory: nothing on disk that two runs could share
+        # In memory, because two runs would share a file on disk.
         super().__init__(config_name=task.name, keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -126,7 +126,7 @@ class GlueMetric(evaluate.Metric):
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predictions, references = np.asarray(predictions), np.asarray(references)
-        if self.task.name in GLUE and self.task.label_names is not None:  # f1 is of GLUE's class 1
+        if self.task.name in GLUE and self.task.label_names is not None:  # F1 is that of GLUE's class 1
             ids = np.asarray(glue_ids(self.task))
             predictions, references = ids[predictions], ids[references]
         result = {name: _SCORES[name](predictions, references) for name in self.task.metrics}
@@ -154,16 +154,21 @@ def one_class(task: Task, references: Any) -> dict[str, float]:
 
 
 def to_labels(predictions: Any, task: Task) -> np.ndarray:
-    """Model outputs, (rows, num_labels) or a tuple that starts with them, to (rows,) class ids, or floats (regression).
+    """Turn a model's outputs into class ids, or floats for a regression, (rows,).
 
-    Raises InputError for NaN: its argmax would look like a prediction.
+    Args:
+        predictions: the outputs (rows, num_labels), or a tuple that begins with them.
+
+    Raises:
+        InputError: an output is NaN; its argmax would look like a prediction.
     """
     logits = _outputs(predictions)
     return logits.reshape(len(logits)) if task.label_names is None else logits.argmax(axis=-1)
 
 
 def to_scores(predictions: Any, task: Task) -> np.ndarray:
-    """Model outputs, as for `to_labels`, to (rows, classes) probabilities in float64, or (rows, 1) raw outputs."""
+    """Turn a model's outputs, as for `to_labels`, into probabilities (rows, classes) in float64. The outputs (rows, 1)
+    of a regression stay as they are."""
     logits = _outputs(predictions).reshape(-1, task.num_labels)
     return logits if task.label_names is None else softmax(logits.astype(np.float64), axis=-1)
 
@@ -179,10 +184,10 @@ def _outputs(predictions: Any) -> np.ndarray:
 
 
 def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The function of a Trainer that scores a whole evaluation."""
+    """The function with which a Trainer computes the scores of an evaluation."""
 
     def compute(evaluation: EvalPrediction) -> dict[str, float]:
-        # a fresh metric each time: nothing of an interrupted evaluation stays
+        # A fresh metric each time holds no rows of an interrupted evaluation.
         predictions = to_labels(evaluation.predictions, task)
         return GlueMetric(task).compute(predictions=predictions, references=evaluation.label_ids)
 

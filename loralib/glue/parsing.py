@@ -1,4 +1,4 @@
-"""From the command line, or a JSON or YAML file, to dataclasses of flags; and how a program ends."""
+"""Reads flags from the command line and from JSON or YAML files into dataclasses, and ends a program."""
 
 import argparse
 import difflib
@@ -24,8 +24,8 @@ from loralib.glue.gone import GONE
 from loralib.glue.training_flags import REFUSED
 from loralib.secrets import hide, is_secret, remember
 
-# A flag's older name: its name of today, and what that is for a value of the older one. Of two that are given, the
-# later one counts.
+# By a flag's older name: its name of today, and a function from the older flag's value to today's. If both are given,
+# the later one counts.
 OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "evaluation_strategy": ("eval_strategy", lambda value: value),
     "warmup_ratio": ("warmup_steps", lambda value: value),
@@ -35,18 +35,19 @@ OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "gradient_checkpointing": ("activation_checkpointing", lambda value: value),
     "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs", lambda value: value),
 }
-LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which a run computes
-PATHS = ("_dir", "_file", "_path", "_name", "glue_submission", "resume_from_checkpoint")  # ends of names of flags
-# What a run adds to a path that it is given, at most.
+LARGEST_FLOAT = 3.4028234663852886e38  # the largest float32, since a run computes in float32
+# Ends of the names of flags that hold paths.
+PATHS = ("_dir", "_file", "_path", "_name", "glue_submission", "resume_from_checkpoint")
+# The longest path that a run appends to a path of its flags.
 BELOW = "stage-100/checkpoint-1000000/special_tokens_map.json.tmp"
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside each flag, the description's lines as they are."""
+    """Shows the default of each flag, and keeps the lines of the description."""
 
 
 def _whole(text: str) -> int:
-    """An int, also where it is written as 1e3 or 8.0."""
+    """A whole number, which may be written as 1e3 or 8.0."""
     try:
         return int(text)
     except ValueError:
@@ -57,7 +58,7 @@ def _whole(text: str) -> int:
 
 
 def _boolean(text: str) -> bool:
-    return text.lower() == "on" if text.lower() in ("on", "off") else string_to_bool(text)  # on and off: as in YAML
+    return text.lower() == "on" if text.lower() in ("on", "off") else string_to_bool(text)  # YAML has on and off
 
 
 def _secret(text: str) -> str:
@@ -66,7 +67,7 @@ def _secret(text: str) -> str:
 
 
 class _Parser(HfArgumentParser):
-    """Raises a sentence where argparse would print all flags, and knows which of two names of a flag came last."""
+    """Raises one sentence where argparse would print all flags, and lets the later of two names of a flag count."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,7 +84,7 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message[:1].upper()}{message[1:]}; --help lists all flags.")
 
     def destination(self, word: str) -> str | None:
-        """The field that a word of the command line sets; None for a word that is no flag, or an ambiguous one."""
+        """The field that a word of the command line sets; None if the word is no flag, or an ambiguous one."""
         name = word.partition("=")[0]
         options = {option: action.dest for action in self._actions for option in action.option_strings}
         if not name.startswith("--") or name in options:
@@ -92,9 +93,9 @@ class _Parser(HfArgumentParser):
         return found.pop() if len(found) == 1 else None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; a flag that is given under both of its names has what the later one says.
+        """Parse as argparse does. If a flag is given under both of its names, the later one counts.
 
-        A word that is no flag is refused before a flag that is missing: it may be the one, misspelt.
+        A word that is no flag is refused first, because it may be a flag that is missing, misspelt.
         """
         needed = [action for action in self._actions if action.required]
         for action in needed:
@@ -119,16 +120,16 @@ class _Parser(HfArgumentParser):
 
 
 def make_parser(*classes: Any, description: str = "") -> HfArgumentParser:
-    """The parser of an entry point, its flags grouped by dataclass."""
+    """The parser of an entry point. It groups the flags by dataclass."""
     usage = "%(prog)s [FILE.json | FILE.yaml] FLAGS"
     return _Parser(list(classes), description=description, usage=usage, formatter_class=_Help)
 
 
 def parse(classes: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> tuple[Any, ...]:
-    """Flags, before them .json or .yaml files with more of them, as instances of `classes`. Later flags win.
+    """Read flags into instances of `classes`. Files of flags (.json, .yaml) may come first; later flags override.
 
     Raises:
-        InputError: an unknown flag or a bad value.
+        InputError: a flag is unknown, or its value is bad.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser: Any = make_parser(*classes, description=description)
@@ -151,14 +152,14 @@ def parse(classes: Sequence[type], argv: Sequence[str] | None = None, descriptio
 
 
 def flag_files(argv: Sequence[str]) -> list[str]:
-    """The files of flags that a command line begins with."""
+    """The files of flags at the beginning of a command line."""
     return list(takewhile(lambda word: word.endswith(SUFFIXES) and not word.startswith("-"), argv))
 
 
 def _file_words(parser: Any, classes: Sequence[type], path: Path) -> list[str]:
-    """The flags of a file as words of a command line; what no word can say becomes the parser's default."""
+    """The flags of a file as words of a command line. Values that no word can express become defaults of the parser."""
     hints = {name: hint for c in classes for name, hint in typing.get_type_hints(c).items()}
-    actions = {action.dest: action for action in reversed(parser._actions)}  # --x before --no_x
+    actions = {action.dest: action for action in reversed(parser._actions)}  # so that --x wins over --no_x
     lists: list[str] = []
     words: dict[str, str] = {}
     keys: dict[str, str] = {}
@@ -197,12 +198,12 @@ def _file_words(parser: Any, classes: Sequence[type], path: Path) -> list[str]:
             words[name] = f"{option}={','.join(value)}"
         else:
             off = value.lower() in ("false", "off", "no") and "no" in (actions[name].choices or ())
-            words[name] = f"{option}={'no' if off else value}"  # a YAML writer makes false of save_strategy: no
+            words[name] = f"{option}={'no' if off else value}"  # YAML reads "save_strategy: no" as false
     for older, (today, value_of) in OLDER.items():
         if older in words and today in words:
             one, other = (_value(actions[name], words[name]) for name in (older, today))
             default = actions[older].default
-            if one == default or (not one and not default):  # a dump of all arguments: the older one says nothing
+            if one == default or (not one and not default):  # the file is a dump of all arguments, with defaults
                 del words[older]
             elif other == actions[today].default or value_of(one) == other:
                 del words[today]
@@ -216,14 +217,14 @@ def _value(action: Any, word: str) -> Any:
     try:
         return {int: _whole, string_to_bool: _boolean}.get(action.type, action.type)(text)
     except (TypeError, ValueError, argparse.ArgumentTypeError):
-        return text  # the parser will refuse it
+        return text  # the parser will refuse this value
 
 
 def check_value(name: str, value: Any) -> None:
-    """Refuse what poisons a run or passes for a huge value: numbers that are not finite, paths that cannot be.
+    """Refuse values that can never work: numbers that are not finite or too large, and paths that cannot exist.
 
     Raises:
-        InputError: names the flag, the value and what it may be.
+        InputError: the message names the flag, the value and what is allowed.
     """
     if isinstance(value, float) and name != "max_grad_norm":
         if not math.isfinite(value):
@@ -238,7 +239,7 @@ def check_value(name: str, value: Any) -> None:
     elif isinstance(value, str):
         if "\0" in value:
             raise InputError(f"{name} holds a NUL character, which no text or path may hold.")
-        if value.startswith("{"):  # a dict, which the stock class reads as JSON
+        if value.startswith("{"):  # the stock class will read it as JSON
             with suppress(json.JSONDecodeError):
                 check_value(name, json.loads(value))
         if name.endswith(PATHS):
@@ -275,7 +276,8 @@ def _refuse_unknown(parser: Any, words: Iterable[str]) -> None:
 
 
 def command(main: Callable[[], Any]) -> NoReturn:
-    """Run an entry point's `main`: what ends a run as one sentence has its own exit status (2, 3, 130 or 143)."""
+    """Run an entry point's `main`. An error that ends a run is printed as one sentence and sets the exit status: 2 for
+    bad input, 3 for a run that cannot go on, 130 for Ctrl-C, 143 for SIGTERM."""
     status = 0
     try:
         main()
@@ -290,7 +292,7 @@ def command(main: Callable[[], Any]) -> NoReturn:
         error = _sentence(raised) if isinstance(raised, OSError) else raised
         status = error.exit_status
         rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        # Once is enough for what all processes refuse; but a machine may lack a file, and one process find a full disk.
+        # One process prints what all of them refuse. But a file may be missing on one machine, or one disk be full.
         if rank == 0 or local_rank == 0 or type(error) is RunError or error is not raised:
             process = f"process {rank}: " if rank else ""
             print(f"{Path(sys.argv[0]).name}: {process}error: {hide(str(error))}", file=sys.stderr)
@@ -298,10 +300,10 @@ def command(main: Callable[[], Any]) -> NoReturn:
 
 
 def _sentence(error: OSError) -> InputError | RunError:
-    """What the system refused, blamed on the path that it names. A library's own OSError stays a traceback."""
+    """The error for what the system refused, with the path that it names. A library's own OSError is raised again."""
     path = path_of(error)
     if path is not None:
-        return InputError(f"{path} cannot be used ({error.strerror}): see to it, or name another path.")
+        return InputError(f"{path} cannot be used ({error.strerror}): make it usable, or name another path.")
     if error.errno is None:
         raise error
     return RunError(f"the system refused to go on: {error.strerror}.")

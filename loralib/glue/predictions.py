@@ -1,4 +1,4 @@
-"""Predictions on disk: a readable file for each split, and the files that GLUE's server takes."""
+"""Writes predictions: a readable file for each split, and the files that GLUE's server takes."""
 
 import csv
 import io
@@ -26,15 +26,13 @@ def write_predictions(
 ) -> Path:
     """Write predict_results_<split_name>.txt: the position of each row, its label's name or number, and its scores.
 
-    The columns are separated by tabs and quoted as the csv module does by default: a cell with a tab, a line end or a
-    quote mark stands in quotes, and quote marks in it are doubled. A number has the fewest digits that give the
-    float32 back.
+    Columns are separated by tabs. As by the csv module, a cell with a tab, a line end or a quote mark is quoted, and
+    its quote marks are doubled. A number has the fewest digits from which the float32 can be restored.
 
     Args:
         split_name: a key of `GlueData.tests`.
-        labels: (rows,) ids or floats, as `metrics.to_labels` gives them.
-        scores: (rows, columns), as `metrics.to_scores` gives them: the probability of each class, or the one output of
-            a regression.
+        labels: (rows,) ids or floats, from `metrics.to_labels`.
+        scores: (rows, columns), from `metrics.to_scores`: the probability of each class, or the output of a regression.
     """
     words = [_number(x) for x in labels] if task.label_names is None else [task.label_names[i] for i in labels]
     header, table = ["index", "prediction"], [[str(index), word] for index, word in enumerate(words)]
@@ -54,15 +52,18 @@ def _number(value: float) -> str:
 
 
 def has_labels(split: Dataset) -> bool:
-    """Whether the labels of a test split can be used: the loader writes -1 into all rows where they cannot."""
+    """Whether the labels of a test split can be used. If not, the loader has written -1 into all rows."""
     return any(label != -1 for label in split["label"])
 
 
 def check_submission(folder: str | os.PathLike[str], task: Task, predicts: bool) -> None:
-    """Refuse a submission that could not be written, before the run trains for it.
+    """Refuse, before the run trains, a submission that could not be written.
 
     Args:
-        predicts: whether the run predicts at all.
+        predicts: whether the run predicts.
+
+    Raises:
+        InputError: the run does not predict, the server does not take the task, or `folder` is a file.
     """
     if not predicts:
         raise InputError("--glue_submission needs --do_predict: it holds predictions of the test split.")
@@ -74,10 +75,13 @@ def check_submission(folder: str | os.PathLike[str], task: Task, predicts: bool)
 
 
 def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np.ndarray, task: Task) -> Path:
-    """Write one file exactly as GLUE's server takes it, and submission.zip once the files of all tasks are there.
+    """Write one file exactly as GLUE's server takes it; once the files of all tasks are there, also submission.zip.
 
-    The index is the position in the test split counted from 0: that is the `index` (QQP: `id`) column of GLUE's own
-    test files in their order, and `idx` of the hub's test splits. Raises InputError for a task that is not GLUE's.
+    The index is the position in the test split, counted from 0. It equals the column `index` (QQP: `id`) of GLUE's own
+    test files, and `idx` of the hub's test splits.
+
+    Raises:
+        InputError: the task is not one of GLUE's.
     """
     if split_name not in task.submission:
         raise InputError(f"The server takes no predictions of {split_name!r}: it takes "
@@ -89,7 +93,7 @@ def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np
     if task.label_range is not None:
         words = [f"{label:.3f}" for label in np.clip(labels, *task.label_range)]
     else:
-        # in GLUE's own names and order: a head may have others
+        # The server wants GLUE's own names and order; those of the head may differ.
         ids = glue_ids(task)
         names = GLUE[task.name].label_names or ()
         words = [names[ids[label]] if task.submits_names else str(ids[label]) for label in labels]
@@ -102,7 +106,7 @@ def write_submission(folder: str | os.PathLike[str], split_name: str, labels: np
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
             for part in parts:
-                file.write(part, part.name)  # flat: the server looks for the files at the top
+                file.write(part, part.name)  # the server expects the files outside of folders
         write_file(archive, content.getvalue())
     return path
 

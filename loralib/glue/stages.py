@@ -1,9 +1,9 @@
-"""A run in several stages, each trained from where the last one ended: folders, skipping, and the curve over stages.
+"""Trains a run in several stages, each from where the one before has ended, and records the curve over the stages.
 
-Each stage k but the last lives in `output_dir/stage-k` as a run of its own, with checkpoints, results and `run.json`.
-That record keeps the settings that decide the stage's numbers and the SHA-256 of its adapter: a finished stage is taken
-again only with the same ones. The last stage is the run itself. Each stage has its own optimizer, warm-up and schedule,
-and it shuffles by seed + k.
+Each stage k but the last is a run of its own in `output_dir/stage-k`, with checkpoints, results and `run.json`. This
+record keeps the settings that decide the stage's numbers, and the SHA-256 of its adapter. A finished stage is used
+again only if both are the same. The last stage is the run itself. Each stage has its own optimizer, warm-up and
+schedule, and shuffles with seed + k.
 """
 
 import dataclasses
@@ -42,10 +42,10 @@ def train_in_stages(
     data: GlueData,
     epochs: float | None,
 ) -> dict[str, Any]:
-    """Train a model with one method after the other, each from where the last one ended; one method is one plain run.
+    """Train a model with one method after the other, each from where the one before has ended.
 
     Args:
-        methods: of each stage, on one and the same model.
+        methods: the method of each stage, all on the same model; a single one makes an ordinary run.
         epochs: epochs of every stage but the first; None: those of the run.
 
     Returns:
@@ -79,7 +79,7 @@ def train_in_stages(
 
 
 def lengths(training: Any, count: int, epochs: float | None) -> str:
-    """How long the stages of a schedule train, as a sentence."""
+    """A sentence about how long the stages of a schedule train."""
     if training.max_steps > 0:
         first = f"{training.max_steps} steps"
         return (

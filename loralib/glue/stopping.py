@@ -1,4 +1,4 @@
-"""Early stopping by the stock callback, made to count what belongs to one model and to survive a resume."""
+"""Early stopping: the stock callback, which also respects AdaLoRA's budget and survives a resume here."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def early_stopping(trainer: LoRATrainer) -> "EarlyStopping | None":
-    """The callback that the flags ask for, or None. It counts the evaluations at which the method's budget is final."""
+    """The callback that the flags ask for, or None. It counts only evaluations at the method's target budget."""
     args = trainer.args
     if args.early_stopping_patience is None or not args.do_train:
         return None
@@ -28,7 +28,7 @@ def early_stopping(trainer: LoRATrainer) -> "EarlyStopping | None":
 
 
 def check_early_stopping(trainer: LoRATrainer) -> None:
-    """Log what early stopping will look at, where the flags ask for it.
+    """If the flags ask for early stopping, log which evaluations it will count.
 
     Raises:
         InputError: no evaluation of the run can count.
@@ -57,14 +57,15 @@ def check_early_stopping(trainer: LoRATrainer) -> None:
 class EarlyStopping(EarlyStoppingCallback):
     """The stock callback, with three differences.
 
-    It compares with the best of the evaluations that it counts, where the stock one takes the best of all: one from
-    before AdaLoRA's final phase has another budget. Counter and best value come back with a checkpoint. An evaluation
-    after the training does not count.
+    - It compares with the best evaluation that counts; the stock one compares with the best of all, although those from
+      before AdaLoRA's final phase have another budget.
+    - Counter and best value are restored from a checkpoint.
+    - An evaluation after the training does not count.
 
     Args:
-        early_stopping_patience: evaluations in a row without improvement after which the run stops.
-        early_stopping_threshold: an improvement is more than this.
-        counts: counts(step) says whether an evaluation after so many optimizer steps counts.
+        early_stopping_patience: the run stops after this many evaluations in a row without improvement.
+        early_stopping_threshold: an improvement must be larger than this.
+        counts: counts(step) tells whether an evaluation after this number of optimizer steps counts.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class EarlyStopping(EarlyStoppingCallback):
         kept = (saved[0] if isinstance(saved, list) else saved or {}).get("attributes", {})
         self.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)
         self.best = kept.get("best")
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:  # the end of the run is run again
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            # The run had stopped, and only its end is repeated.
             self.stopped_at = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,10 +114,10 @@ class EarlyStopping(EarlyStoppingCallback):
             self.best = float(metric_value)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps in its trainer_state.json."""
+        """The entries for a checkpoint's trainer_state.json."""
         stock = super().state()
         return stock | {"attributes": stock["attributes"] | {"best": self.best}}
 
     def summary(self) -> dict[str, Any]:
-        """Facts for run.json: the step at which the run was stopped, None where it was not, and the best value."""
+        """Facts for run.json: the step at which the run was stopped (None if it was not), and the best value."""
         return {"early_stopping": {"stopped_at": self.stopped_at, "best": self.best}}

@@ -60,9 +60,9 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
     except OSError as error:
         path, output_dir = path_of(error), run.training.output_dir
         if path is None or is_within(path, output_dir):
-            blamed = f"output_dir {output_dir} could not be written to ({error}): see to its disk"
+            blamed = f"output_dir {output_dir} could not be written to ({error}): check its disk"
         else:
-            blamed = f"{path} could not be used ({error.strerror}): see to it"
+            blamed = f"{path} could not be used ({error.strerror}): make it usable"
         raise RunError(f"{blamed}, and {the_same_command(run.training)}.") from error
     finally:
         unlock(run.training.output_dir)

@@ -1,8 +1,8 @@
-"""Which flags of transformers' TrainingArguments work here, and which are refused before anything is loaded.
+"""Checks the flags of transformers' TrainingArguments, and refuses what cannot work before anything is loaded.
 
-Every field stands in exactly one of three tables: a flag in `WORK` takes what transformers takes, one in `CHECKED`
-takes some values, and one in `REFUSED` takes its default alone, for the reason given. A test compares the tables with
-the fields, so a new version of transformers that brings a new flag is noticed.
+Every field is in exactly one of three tables. A flag in `WORK` takes every value that transformers takes. A flag in
+`CHECKED` takes some values. A flag in `REFUSED` takes only its default, for the reason that the table gives. A test
+compares the tables with the fields, so that it notices when a new version of transformers has a new flag.
 """
 
 import dataclasses
@@ -43,12 +43,12 @@ REFUSED = {
     "parallelism_config": _SHARDS,
     "past_index": "a classifier of whole texts has no state to pass on",
     "prediction_loss_only": "an evaluation without predictions has no metrics",
-    "restore_callback_states_from_checkpoint": "whatever a run needs to go on is restored without it",
-    "use_cache": "a classifier generates nothing that past keys and values would serve",
+    "restore_callback_states_from_checkpoint": "everything that a run needs to go on is restored without it",
+    "use_cache": "a classifier does not generate texts, so it has no use for past keys and values",
     "use_liger_kernel": _LIGER,
 }
 
-# Some values work: the functions below, GlueTrainingArguments or the stock class refuse the others.
+# Some values work. The functions below, GlueTrainingArguments or the stock class refuse the others.
 CHECKED = """
     accelerator_config activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size bf16
     data_seed dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
@@ -71,7 +71,7 @@ WORK = """
     tf32 trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy use_cpu
 """.split()
 
-BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at the evaluations
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that depend on the evaluations
 _CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")  # older and newer name
 _CHECKPOINTING_KEYS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
 _NOT_AT_ONCE = "it does not step once on the gradients of all parameters, which masks, penalties and importance need"
@@ -83,11 +83,11 @@ _OTHER_OPTIMIZERS = {
     "grokadamw": "a run that goes on from its checkpoint ends with other weights than an undisturbed one",
     "schedule_free": "it evaluates other weights than the ones that are saved",
 }
-_STEPS = 100  # of the schedule that is tried out
+_STEPS = 100  # of the schedule with which the flags are tried
 
 
 def check_before(args: TrainingArguments) -> None:
-    """Refuse what needs nothing but the values themselves; called before the stock class looks at them.
+    """Refuse values that are wrong by themselves. This is called before the stock class processes them.
 
     Raises:
         InputError: names the flag, its value and the reason.
@@ -147,11 +147,11 @@ def check_before(args: TrainingArguments) -> None:
 
 
 def _check_mappings(args: TrainingArguments) -> None:
-    """The flags that hold a JSON mapping: that they are one, and that something reads it."""
+    """Refuse flags that should hold a JSON mapping and do not, or whose mapping has no effect."""
     for name in ("lr_scheduler_kwargs", *_CHECKPOINTING):
         value = getattr(args, name, None)
         if isinstance(value, str):
-            setattr(args, name, value.strip())  # the stock class looks for a brace at the start
+            setattr(args, name, value.strip())  # the stock class expects a brace at the beginning
             try:
                 value = json.loads(value)
             except ValueError:
@@ -169,7 +169,7 @@ def _check_mappings(args: TrainingArguments) -> None:
 
 
 def _check_accelerator_config(value: Any) -> None:
-    """A mapping, or a file that holds one, with the keys that accelerate knows."""
+    """Refuse a value that is neither a mapping nor a file with one, or that has keys which accelerate does not know."""
     if isinstance(value, str):
         text = value.strip()
         if not text.startswith("{"):
@@ -204,7 +204,7 @@ def _check_accelerator_config(value: Any) -> None:
 
 
 def warn_of(args: TrainingArguments) -> list[str]:
-    """Sentences for the log about flags that the stock classes ignore without a word."""
+    """Sentences for the log about flags that the stock classes ignore silently."""
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if args.warmup_steps and name in ("constant", *BY_METRIC):
         return [f"--lr_scheduler_type {name} has no warm-up, so warmup_steps {args.warmup_steps:g} does nothing"]
@@ -212,7 +212,7 @@ def warn_of(args: TrainingArguments) -> list[str]:
 
 
 def check_after(args: TrainingArguments) -> None:
-    """Refuse an optimizer or a schedule that cannot be made, by making it for one number.
+    """Refuse an optimizer or a schedule that cannot be made. To find out, make it for one number.
 
     Raises:
         InputError: names the flag, its value and the reason.
@@ -223,12 +223,12 @@ def check_after(args: TrainingArguments) -> None:
 
 
 def check_compiler(args: TrainingArguments) -> None:
-    """Refuse --torch_compile where a product of two numbers cannot be compiled: no compiler, no such backend.
+    """Refuse --torch_compile if there is no compiler or no such backend. To find out, compile a product.
 
-    Takes some seconds, and is done when a run starts.
+    This takes some seconds, so it is done when a run starts, and not when flags are parsed.
 
     Raises:
-        InputError: the backend, and what it says.
+        InputError: the message names the backend and quotes its error.
     """
     if not args.torch_compile:
         return
@@ -238,10 +238,10 @@ def check_compiler(args: TrainingArguments) -> None:
         options["mode"] = args.torch_compile_mode
     try:
         torch.compile(lambda y: (y @ y).exp().sum(), **options)(x).backward()
-    except Exception as error:  # whatever a compiler raises
+    except Exception as error:  # each backend has its own exceptions
         raise InputError(
-            f"--torch_compile cannot be had here: backend {args.torch_compile_backend} fails on a product of two "
-            f"matrices ({_brief(error)}); see to a compiler (g++ on a CPU) or leave the flag out."
+            f"--torch_compile cannot be used here: backend {args.torch_compile_backend} fails on a product of two "
+            f"matrices ({_brief(error)}); install a compiler (g++ on a CPU) or leave the flag out."
         ) from error
     finally:
         torch._dynamo.reset()
@@ -267,9 +267,9 @@ def _check_optimizer(args: TrainingArguments, parameter: nn.Parameter) -> None:
             if Trainer.get_optimizer_cls_and_kwargs(args)[1] == settings:
                 unread.append(pair)
         kind([parameter], **settings)
-    except Exception as error:  # a missing package, a bad number, a device without such kernels
+    except Exception as error:  # a package is missing, a number is bad, or the device lacks kernels
         of = f" with optim_args {stated!r}" if stated else ""
-        raise InputError(f"--optim {name}{of} cannot be had here: {_brief(error)}.") from error
+        raise InputError(f"--optim {name}{of} cannot be used here: {_brief(error)}.") from error
     finally:
         args.optim_args = stated
     if unread:
@@ -295,12 +295,12 @@ def _check_schedule(args: TrainingArguments, parameter: nn.Parameter) -> None:
                 optimizer.step()
                 schedule.step(*([0.5] if name in BY_METRIC else []))
                 rates.append(float(optimizer.param_groups[0]["lr"]))
-    except Exception as error:  # an argument that is missing, unknown, or no number
+    except Exception as error:  # an argument is missing, unknown or no number
         needs = {"warmup_stable_decay": "num_decay_steps", "cosine_with_min_lr": "min_lr or min_lr_rate"}
         needs["cosine_warmup_with_min_lr"] = needs["cosine_with_min_lr"]
         hint = f"; it needs {needs[name]} in --lr_scheduler_kwargs" if name in needs else ""
         raise InputError(
-            f"--lr_scheduler_type {name} with lr_scheduler_kwargs {given} cannot be had: {_brief(error)}{hint}."
+            f"--lr_scheduler_type {name} with lr_scheduler_kwargs {given} cannot be used: {_brief(error)}{hint}."
         ) from error
     if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
         raise InputError(

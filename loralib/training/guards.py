@@ -26,7 +26,7 @@ def worker_deaths(args: Any) -> Iterator[None]:
             raise
         said = " ".join(str(error).split())[:200].rstrip(". ")
         raise RunError(
-            f"a process that loads data ended ({said}): see to the memory or lower "
+            f"a process that loads data ended ({said}): give it more memory or lower "
             f"--dataloader_num_workers, and {the_same_command(args)}."
         ) from error
 

@@ -69,7 +69,7 @@ def lock(folder: str | Path) -> None:
             f"output_dir {folder} is in use by another run ({owner}): wait for its end or name another folder."
         ) from error
     except OSError as error:  # a file system without locks
-        logger.warning("%s takes no lock (%s): see to it that no second run writes there", folder, error.strerror)
+        logger.warning("%s takes no lock (%s): make sure that no second run writes there", folder, error.strerror)
     with suppress(OSError):  # on a full disk the note is lost, but the lock holds
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
