@@ -197,7 +197,7 @@ def test_one_class_or_none_is_no_task(tmp_path):
     refused("one label same", dataset_name=folder_of(tmp_path / "x", train=[{"text": "a", "label": "same"}]))
     folder = folder_of(tmp_path / "x", train=[{"text": "a", "label": -1}])
     refused("'-1'", "--unlabelled drop", "--label_type classes", dataset_name=folder)
-    refused("hidden", dataset_name=folder, unlabelled="drop")
+    refused("no label in any of its 1 rows", dataset_name=folder, unlabelled="drop")
 
 
 def test_an_unlabelled_test_file_alone_has_no_classes(tmp_path):

@@ -64,6 +64,12 @@ def test_known_regression_stays_one_on_whole_numbers(tmp_path: Path) -> None:
     assert loaded.task.label_names is None and list(loaded.evals["regression"]["label"]) == [1.0, 2.0]
 
 
+def test_a_glue_task_of_pairs_on_one_text_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = table(tmp_path, "t.csv", "text", "a b", "c d")
+    load(test_file=file, do_predict=True, known=Task("mrpc", (), GLUE["mrpc"].label_names, ()))
+    assert "what is trained is mrpc, which reads sentence1 and sentence2, and here is text alone" in caplog.text
+
+
 def test_known_order_of_a_glue_task(tmp_path: Path) -> None:
     """Numbers in GLUE's own data keep GLUE's order; the ids that come out have the model's."""
     known = Task("mnli", (), ("CONTRADICTION", "NEUTRAL", "ENTAILMENT"), ())
@@ -139,6 +145,8 @@ def test_what_is_read(
         ("kaggle_ids.csv", {"label_column": "stars"}, ("'stars'", "label_column", "review_id")),
         ("labels_ws.csv", {"label_type": "regression"}, ("row 0", "'bad'", "finite number")),
         ("test_placeholder_labels.csv", {}, ("one label ?",)),
+        ("labels_as_lists.csv", {}, ("row 0", "\"['bad', 'short']\"", "multi-label", "--label_type classes")),
+        ("commas.tsv", {}, ("line 1", "'text,label'", "','", ".csv")),
     ],
 )
 def test_what_is_refused(file: str, flags: dict, parts: tuple[str, ...]) -> None:
@@ -428,6 +436,22 @@ def test_a_warning_tells_labels_that_look_wrong(tmp_path: Path, caplog: pytest.L
         file = table(tmp_path, "t.csv", "text,label", *(f"a b,{word}" for word in words))
         assert len(load(train_file=file, do_train=True).task.label_names) == len(words)
         assert part in caplog.text
+
+
+def test_a_table_without_any_label(tmp_path: Path) -> None:
+    file = table(tmp_path, "t.csv", "text,label", "a b,", "c d,")
+    for unlabelled in ("refuse", "drop"):
+        with pytest.raises(InputError, match="t.csv has no label in any of its 2 rows"):
+            load(train_file=file, do_train=True, unlabelled=unlabelled)
+
+
+def test_labels_in_messages_stay_on_one_line(tmp_path: Path) -> None:
+    rows = [{"text": "a b", "label": "one\nline"}, {"text": "c d", "label": "tab\there"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    other = table(tmp_path, "v.csv", "text,label", "a b,none of them")
+    with pytest.raises(InputError, match=r"allowed is one\\nline, tab\\there") as refused:
+        load(train_file=str(tmp_path / "t.jsonl"), validation_file=other, do_train=True, do_eval=True)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_named_half_of_mnli_keeps_its_name(tmp_path: Path) -> None:

@@ -252,13 +252,37 @@ def test_numbers_count_by_the_index_of_a_named_head_and_the_log_says_so(
     assert world(model_name_or_path=full, validation_file=file, do_eval=True)["eval_accuracy"] > 0.9
     assert "count by the index of neutral, contradiction, entailment" in caplog.text
     caplog.clear()
+    floats = write(tmp_path / "floats.csv", "text1 text2 label", [(p, h, float(v)) for p, h, v in rows])
+    assert world(model_name_or_path=full, validation_file=floats, do_eval=True)["eval_accuracy"] > 0.9
+    assert "count by the index of neutral, contradiction, entailment" in caplog.text
+    caplog.clear()
     world(model_name_or_path=full, train_file=file, do_train=True, max_steps=1, logging_steps=1)
     assert "count by the index of neutral, contradiction, entailment" in caplog.text
     history = json.loads((world.last / "trainer_state.json").read_text())["log_history"]
     assert history[0]["loss"] < 0.4
 
 
-def test_placeholders_mean_nothing(world: World, right: dict[str, Any], tmp_path: Path) -> None:
+def test_heads_whose_names_are_numbers_count_by_name(world: World, tmp_path: Path) -> None:
+    """Training goes on from the trained loss whatever the order of the names 0, 1 and 2 in the model's config."""
+    data = write(tmp_path / "train.csv", "text1 text2 label", pairs(96, (0, 1, 2)))
+    flags = {"train_file": data, "do_train": True, "logging_steps": 1}
+    plain, turned = (
+        permuted(world.folder / "full", tmp_path / name, order, lambda word: str(MNLI.index(word)))
+        for name, order in (("plain", (0, 1, 2)), ("turned", (2, 0, 1)))
+    )
+    losses = []
+    for model in (plain, turned):
+        world(**flags, max_steps=2, model_name_or_path=model)
+        history = json.loads((world.last / "trainer_state.json").read_text())["log_history"]
+        losses.append([log["loss"] for log in history if "loss" in log])
+        config = json.loads((world.last / "config.json").read_text())
+        assert list(config["id2label"].values()) == (["2", "0", "1"] if model == turned else ["0", "1", "2"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0][0] < 0.4
+
+
+def test_placeholders_mean_nothing(
+    world: World, right: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As of a hub model by its authors' own script: LABEL_0 to LABEL_2 in GLUE's order."""
     full = shutil.copytree(world.folder / "full", tmp_path / "full")
     (full / "run.json").unlink()
@@ -267,6 +291,11 @@ def test_placeholders_mean_nothing(world: World, right: dict[str, Any], tmp_path
     config["id2label"] = {str(i): f"LABEL_{i}" for i in range(3)}
     (full / "config.json").write_text(json.dumps(config))
     assert answers(world, "AdaLoRA", model_name_or_path=full) == right["full"]
+    words = write(tmp_path / "words.csv", "text label", [(f"{p} {h}", v) for p, h, v in pairs(9, MNLI)])
+    for flags in ({"validation_file": words, "do_eval": True}, {"train_file": words, "do_train": True, "max_steps": 1}):
+        caplog.clear()
+        world(model_name_or_path=full, **flags)
+        assert "has no names for its outputs 0 to 2: they count as contradiction, entailment, neutral" in caplog.text
     rows = [(p, h) for p, h, _ in pairs(9, MNLI)]
     world(model_name_or_path=full, test_file=write(tmp_path / "test.csv", "a b", rows), do_predict=True)
     words = (world.last / "predict_results_classification.txt").read_text().splitlines()

@@ -22,16 +22,16 @@ def placeholders(number: int) -> tuple[str, ...]:
 def places_in(names: Sequence[str], order: Sequence[str]) -> list[int] | None:
     """The place of each of `names` in `order`; None unless both lists name the same classes.
 
-    Case, spaces, `_` and `-` are ignored if the names stay distinct without them. Placeholders, and the whole numbers
-    0, 1 and so on, stand for the class at their own place.
+    Case, spaces, `_` and `-` are ignored if the names stay distinct without them. Placeholders stand for the class at
+    their own place, and so do the whole numbers 0, 1 and on where the other list has words.
     """
     if len(names) != len(order):
         return None
     by_place = list(range(len(order)))
-    if unnamed_labels(names) or unnamed_labels(order) or list(names) == [str(i) for i in by_place]:
+    if unnamed_labels(names) or unnamed_labels(order):
         return by_place
     for spelled in (str, plain_label):
         ours, theirs = [spelled(name) for name in names], [spelled(name) for name in order]
         if set(ours) == set(theirs) and len(set(ours)) == len(ours):
             return [theirs.index(name) for name in ours]
-    return None
+    return by_place if list(names) == [str(i) for i in by_place] else None

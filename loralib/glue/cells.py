@@ -108,5 +108,6 @@ def is_number(word: str) -> bool:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first twenty of some names, for a message."""
-    return ", ".join(name[:80] for name in names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    """The first twenty of some names, for a message of one line."""
+    shown = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:80]) for name in names[:20])
+    return ", ".join(shown) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")

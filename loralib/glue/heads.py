@@ -19,6 +19,7 @@ from loralib.adapters.names import placeholders, places_in, unnamed_labels
 from loralib.adapters.reading import ADAPTER_CONFIG, Adapter
 from loralib.adapters.start import output_layer, read_adapter
 from loralib.errors import InputError
+from loralib.glue.cells import listed
 from loralib.glue.data import GlueData
 from loralib.glue.flags import ModelArguments
 from loralib.glue.tasks import GLUE, Task
@@ -53,7 +54,7 @@ class TrainedHead:
             return "a regression"
         if unnamed_labels(self.label_names):
             return f"{len(self.label_names)} classes without names"
-        return f"the labels {', '.join(self.label_names)}"
+        return f"the labels {listed(self.label_names)}"
 
     def as_task(self) -> Task:
         """The task that the head was trained for, without columns, which the data decide. It has the name of a GLUE
@@ -197,7 +198,7 @@ def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
     if fits(head, data.task):
         return _in_order_of(data, head)
     names = data.task.label_names
-    ours = "a regression" if names is None else f"the labels {', '.join(names)}"
+    ours = "a regression" if names is None else f"the labels {listed(names)}"
     what = f"{head.source} describes a head for {head} and the data is for {ours}"
     if head.unsupported:
         what = f"{head.source} describes a head with {head.unsupported}, which is not supported: a row has one label"
@@ -221,13 +222,20 @@ def fits(head: TrainedHead, task: Task) -> bool:
 
 def _in_order_of(data: GlueData, head: TrainedHead) -> GlueData:
     names, order = data.task.label_names, head.label_names
-    if names is None or order is None or unnamed_labels(order) or names == order:
+    if names is None or order is None or names == order:
+        return data
+    numbers = list(names) == [str(i) for i in range(len(names))]
+    if unnamed_labels(order):
+        if not numbers:
+            level = logging.INFO if data.task.name in GLUE else logging.WARNING  # GLUE's order is the usual one
+            said = "%s has no names for its outputs 0 to %d: they count as %s"
+            logger.log(level, said, head.source, len(names) - 1, listed(names))
         return data
     places = places_in(names, order)
     assert places is not None
-    by_number = list(names) == [str(i) for i in range(len(names))]
-    said = "the labels of the data are numbers and count by the index of" if by_number else "the labels have the order"
-    logger.info("%s %s, as in %s", said, ", ".join(order), head.source)
+    by_index = numbers and {*names} != {*order}
+    said = "the labels of the data are numbers and count by the index of" if by_index else "the labels have the order"
+    logger.info("%s %s, as in %s", said, listed(order), head.source)
 
     def moved(rows: Dataset) -> Dataset:
         if places == sorted(places):

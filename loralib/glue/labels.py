@@ -18,6 +18,7 @@ from loralib.glue.tasks import GLUE, Task
 
 logger = logging.getLogger(__name__)
 
+_LIST = re.compile(r"\[.*\]", re.DOTALL)  # as pandas writes a column of lists into a csv file
 _WHOLE = re.compile(r"([+-]?\d{1,18})(\.0*)?", re.ASCII)
 _MISSING = ("nan", "<na>", "nat")  # pandas writes missing values into texts like this
 _INFINITE = ("inf", "+inf", "-inf", "infinity", "+infinity", "-infinity")
@@ -180,12 +181,18 @@ def classes_of(labels: Labels, flags: TableFlags, where: str) -> tuple[str, ...]
             f"{where}: {labels.told(marks)}, which may stand for no label or be a class: --unlabelled drop leaves such "
             "rows out, --label_type classes makes it a class, --label_type regression a number."
         )
+    if flags.label_type is None and words and all(_LIST.fullmatch(w) for w in words):
+        raise InputError(f"{where}: {labels.told(words)}, and all labels look like lists: several labels a row "
+                         "(multi-label) are not supported; --label_type classes makes each text a class.")  # fmt: skip
     if all(whole):
         words = sorted({_whole(w) for w in words}, key=lambda w: (int(w), w))
     else:
         words = sorted(words)
+    if not words:
+        raise InputError(f"{where} has no label in any of its {len(labels.of_row)} rows: --label_column names another "
+                         "column.")  # fmt: skip
     if len(words) < 2:
-        raise InputError(f"{where} has the one label {', '.join(words) or 'hidden'}: a classification needs two or "
+        raise InputError(f"{where} has the one label {', '.join(words)}: a classification needs two or "
                          "more, a regression floats (or --label_type regression).")  # fmt: skip
     _warn_of_classes(words, len(labels.of_row), where)
     return tuple(words)
@@ -284,6 +291,6 @@ def label_values(
         keep = np.setdiff1d(np.arange(len(labels.of_row)), rows)
         if not len(keep):
             raise InputError(f"{where} has no row with a label: it needs at least 1.")
-    if trained and task.name not in GLUE and set(labels.words) & by_index(names).keys() - set(names):
+    if trained and task.name not in GLUE and {*map(_whole, labels.words)} & by_index(names).keys():
         logger.info("%s: its labels are numbers and count by the index of %s.", where, listed(names))
     return np.array([values.get(w, -1) for w in labels.words])[labels.of_row], keep

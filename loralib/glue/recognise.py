@@ -103,6 +103,10 @@ def _of_known(known: Task, glue: Task | None, table: Dataset, where: str, source
             f"{where}: what is trained reads {' and '.join(known.text_columns)}, and here the texts are "
             f"{' and '.join(texts)}: name as many with --text_column and --text_column_2."
         )
+    trained = GLUE[known.name].text_columns if known.name in GLUE else texts
+    if len(texts) != len(trained):
+        logger.warning("%s: what is trained is %s, which reads %s, and here is %s alone.", where, known.name,
+                       " and ".join(trained), " and ".join(texts))  # fmt: skip
     kind = "regression" if known.label_names is None else "classification"
     logger.info("%s: %s of %s, with %s of what is trained.", where, kind, " and ".join(texts),
                 _labels_in_words(known))  # fmt: skip

@@ -151,6 +151,15 @@ def _wrong_width(path: Path, line: int, cells: Sequence[str], header: Sequence[s
     )
 
 
+def _refuse_other_separator(path: Path, header: Sequence[str], others: str) -> None:
+    """Refuse a table of one column whose name holds what parts columns elsewhere."""
+    if len(header) == 1 and (other := next((mark for mark in others if mark in header[0]), None)):
+        raise InputError(
+            f"{path}, line 1: the only column is {header[0][:80]!r}: its cells seem to be parted by {other!r}; write "
+            "them with commas into a .csv file, or with tabs into a .tsv file."
+        )
+
+
 # csv and tsv
 
 
@@ -208,11 +217,7 @@ def _quoted_rows(path: Path, content: bytes, sep: str) -> tuple[list[str], Itera
 
     numbered = records()
     header = _distinct(path, next(numbered, (1, [""]))[1], sep)
-    if len(header) == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in header[0]), None)):
-        raise InputError(
-            f"{path}, line 1: the only column is {header[0][:80]!r}: its cells seem to be parted by {other!r}; write "
-            "them with commas into a .csv file, or with tabs into a .tsv file."
-        )
+    _refuse_other_separator(path, header, ";\t|")
 
     def rows() -> Iterator[Sequence[str]]:
         for line, row in numbered:
@@ -235,6 +240,7 @@ def _literal_rows(
         header, line_number = list(task.tsv_header), 0
         lines = _lines(content, newline=None)
     _distinct(path, header, "\t")
+    _refuse_other_separator(path, header, ",;|")
     keep = list(range(len(header)))
     if task is not None and {task.tsv_columns.get(name, name) for name in header}.issuperset(task.text_columns):
         # Other columns are skipped: nine tenths of MNLI's files are parse trees.
