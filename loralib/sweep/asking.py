@@ -1,6 +1,6 @@
-"""What the command of each run means: printed by its script, then parsed by its entry point, without data or model.
+"""Finds the flags of each run without data or model: its script prints the command, its entry point parses it.
 
-python -m loralib.sweep.asking < questions.json     (a process of its own: the sweep itself imports no torch)
+python -m loralib.sweep.asking < questions.json     (runs in a process of its own, because the sweep imports no torch)
 """
 
 import ast
@@ -23,17 +23,17 @@ from loralib.errors import InputError
 from loralib.sweep.plan import ROOT, Job
 from loralib.sweep.settings import Asked, short_path, typed_flags
 
-RECORDED = {"lora-orth": "lora"}  # what run.json calls a method of the scripts, where it is another name
+RECORDED = {"lora-orth": "lora"}  # methods of the scripts that have another name in run.json
 
 
 def ask(jobs: Sequence[Job], processes: int = 1) -> dict[Job, Asked]:
-    """What each run's flags mean, every distinct command asked once.
+    """Parse the flags of each run. Equal commands are parsed once.
 
     Args:
-        processes: of one run; they share its batch.
+        processes: number of processes of one run; they share its batch.
 
     Raises:
-        InputError: a flag or value that a script or an entry point refuses, with the run that it is of.
+        InputError: a script or an entry point refuses a flag or value; the message names the run.
     """
     kinds = {(job.task, job.arm, job.flags): job for job in jobs}
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -59,11 +59,11 @@ def _key(command: tuple[str, list[str], int]) -> str:
 
 
 def _dry_run(job: Job, processes: int) -> tuple[str, list[str], int]:
-    """(entry point, its flags, processes) of a run, as the task's script prints them."""
+    """(entry point, its flags, number of processes) of a run, as the task's script prints them."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OUTPUT", "SEED")}
     environment |= {"DRY_RUN": "1", "PYTHON": "python", "CUDA_VISIBLE_DEVICES": ""}
     environment.setdefault("NPROC", str(processes))
-    with tempfile.TemporaryDirectory() as nowhere:  # what stands in the run's own folder is not asked here
+    with tempfile.TemporaryDirectory() as nowhere:  # the content of the run's own folder must not matter here
         command = replace(job, folder=Path(nowhere) / "run").command
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -77,7 +77,7 @@ def _dry_run(job: Job, processes: int) -> tuple[str, list[str], int]:
 
 
 def _can_be_asked(entry: str) -> bool:
-    """Whether a file is an entry point as docs/variant.md shows one: importing it runs nothing, its main parses."""
+    """Whether a file is an entry point as in docs/variant.md: it runs nothing when imported, and its main parses."""
     try:
         tree = ast.parse(Path(entry).read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):
@@ -97,14 +97,14 @@ def _asked(job: Job, command: tuple[str, list[str], int], answer: Mapping[str, A
     if arguments is not None:
         batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * processes
         name = arguments.get("dataset_name")
-        if name is not None:  # the task's folder, or the one that holds a folder for each task
+        if name is not None:  # the folder of the task, or one with a folder for each task
             data = (Path(name).name, *([job.task] if (Path(name) / job.task).is_dir() else []))
     at_default = frozenset(() if answer is None else answer["at_default"])
     given = typed_flags(job.flags)
     return Asked(job.task, job.seed, job.arm.name, method, short_path(entry), arguments, given, at_default, batch, data)
 
 
-# ---- the process that parses ----
+# ---- in the process that parses ----
 
 
 def _parse_all(commands: Sequence[tuple[str, list[str], int]]) -> dict[str, dict[str, Any]]:
@@ -123,7 +123,7 @@ def _parse_all(commands: Sequence[tuple[str, list[str], int]]) -> dict[str, dict
 
 
 class _Parsed(BaseException):
-    """Carries what an entry point's main has parsed out of it, before it does anything."""
+    """Carries the parsed flags out of an entry point's main, before that does anything else."""
 
     def __init__(self, parts: tuple[Any, ...]) -> None:
         self.parts = parts
@@ -131,7 +131,7 @@ class _Parsed(BaseException):
 
 @contextmanager
 def _parse_alone() -> Iterator[None]:
-    """While it lasts, `parse` ends the main that calls it."""
+    """Within this context, `parse` ends the main that calls it."""
     from loralib.glue import arguments, parsing
 
     parse = parsing.parse
@@ -150,7 +150,7 @@ def _parse_alone() -> Iterator[None]:
 
 
 def parsed(entry: str, argv: Sequence[str]) -> dict[str, Any]:
-    """The flags of an entry point as run.json would record them, or {"error": the sentence that refuses them}."""
+    """The flags of an entry point as run.json would record them, or {"error": message} if it refuses them."""
     from loralib.glue.record import flags_of
 
     known, path, words = set(sys.modules), list(sys.path), sys.argv
@@ -174,7 +174,7 @@ def parsed(entry: str, argv: Sequence[str]) -> dict[str, Any]:
         return {"error": f"{Path(entry).name} could not be asked for its flags ({type(error).__name__}: {error})."}
     finally:
         sys.path[:], sys.argv = path, words
-        for name in set(sys.modules) - known:  # helpers beside one entry point are not those beside the next
+        for name in set(sys.modules) - known:  # modules beside the next entry point may have the same names
             file = getattr(sys.modules[name], "__file__", None)
             if name == "entry_point" or (file and Path(file).parent == Path(entry).parent):
                 del sys.modules[name]
@@ -182,8 +182,8 @@ def parsed(entry: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answers questions of standard input, one a line, in the same order."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever is printed on the way is no answer
+    """Answer the questions on standard input, one in each line, in the same order."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # other programs' prints must not mix with the answers
     for line in sys.stdin:
         print(json.dumps(parsed(*json.loads(line)), default=str), file=answers)
 

@@ -1,4 +1,4 @@
-"""Ray: started with a token in a folder of the owner's, or joined; what a run gets; and whether it is still there."""
+"""The Ray cluster of a sweep: starts or joins it, divides its resources, and notices when it is gone."""
 
 import os
 import secrets
@@ -11,19 +11,19 @@ from typing import Any
 from loralib.errors import InputError, RunError
 from loralib.sweep.plan import ROOT
 
-TOKEN = secrets.token_hex(32)  # one a process: Ray's client keeps the first that it sees
+TOKEN = secrets.token_hex(32)  # one for the whole process, because Ray's client keeps the first one that it sees
 
 
 class ClusterLost(RunError):
-    """The Ray cluster is gone: no run is to blame, and the same command goes on later."""
+    """The Ray cluster is gone. No run is to blame, and the same command goes on later."""
 
 
 class Cluster:
     """Ray, started inside this process or joined at an address.
 
-    Ray listens on all interfaces whatever address it is given, and who reaches its ports may run commands. A cluster
-    that is started here therefore asks for a token that only this process and its workers know, and its files lie in
-    a folder that its owner alone can read.
+    Ray listens on all interfaces even if it is given an address, and anyone who reaches its ports may run commands. So
+    a cluster that is started here asks for a token that only this process and its workers know, and its files are in a
+    folder that only its owner can read.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -33,10 +33,10 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
     def start(self) -> Any:
-        """Start or join; returns the module `ray`.
+        """Start or join the cluster, and return the module `ray`.
 
         Raises:
-            InputError: Ray is not installed, or can't be started or reached.
+            InputError: Ray is not installed, or cannot be started or reached.
         """
         if not self.address:
             os.environ["RAY_AUTH_MODE"] = "token"
@@ -54,7 +54,8 @@ class Cluster:
             if self.address:
                 ray.init(address=self.address, **quiet)
             else:
-                # a folder within it: Ray opens its own to everybody. Names of sockets allow some hundred letters.
+                # Ray lets everybody read its folder, so it is put inside of this one. The path is short because
+                # names of sockets may have only about a hundred letters.
                 base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
                 self.folder = Path(tempfile.mkdtemp(prefix="sweep-", dir=base))
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(self.folder / "ray"), **quiet)
@@ -67,7 +68,7 @@ class Cluster:
         return ray
 
     def _refuse_silence(self) -> None:
-        """Ray itself takes minutes to give up where nothing answers."""
+        """Refuse an address at which nothing answers; Ray itself would try for minutes."""
         host, _, port = (self.address or "").removeprefix("ray://").rpartition(":")
         if port.isdigit():
             try:
@@ -80,18 +81,18 @@ class Cluster:
     def alive(self) -> bool:
         """Whether the control service answers and a machine is left.
 
-        A process whose control service is gone is ended by Ray after a minute, without a word; this sees it before.
+        Ray silently ends a process a minute after its control service is gone. This notices it before.
         """
         try:
             gcs = self.ray.get_runtime_context().gcs_address
             host, _, port = gcs.rpartition(":")
             socket.create_connection((host, int(port)), timeout=5).close()
             return any(node["Alive"] for node in self.ray.nodes())
-        except Exception:  # Ray has many kinds of errors for a cluster that is gone
+        except Exception:  # Ray raises many kinds of errors if a cluster is gone
             return False
 
     def stop(self) -> None:
-        """Let go of the cluster, and of its files if it was started here."""
+        """Leave the cluster; if it was started here, end it and remove its files."""
         if self.ray is not None:
             self.ray.shutdown()
             self.ray = None
@@ -101,10 +102,10 @@ class Cluster:
 
 
 def resources(ray: Any, gpus: float | None, cpus: float | None) -> tuple[float, float, int]:
-    """(GPUs a run, CPUs a run, runs at a time).
+    """GPUs of a run, CPUs of a run, and the number of runs at a time.
 
     Raises:
-        InputError: no machine of the cluster has what a run asks for.
+        InputError: no machine of the cluster has so many GPUs or CPUs.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in ("GPU", "CPU")}

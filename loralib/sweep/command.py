@@ -1,4 +1,4 @@
-"""The command of a sweep: its own flags, and the steps from them to the last run."""
+"""The command of a sweep: it reads the flags, plans the runs and runs them."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ from loralib.sweep.tune import choose, plan_tuning, say
 
 
 def numbers(text: str) -> list[int]:
-    """Seeds: 1,2,5 or 1-5."""
+    """Read seeds, written as 1,2,5 or 1-5."""
     try:
         parts = [part.split("-") for part in text.split(",")]
         return [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
@@ -30,12 +30,12 @@ def numbers(text: str) -> list[int]:
 
 
 def names(text: str) -> list[str]:
-    """Words between commas."""
+    """The words between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """The sweep's own flags."""
+    """The parser of the sweep's own flags."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -69,13 +69,13 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 
 def listed(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done) -> Iterator[str]:
-    """The commands, with a word on runs that would be skipped."""
+    """The commands of all runs; those of finished runs begin with `# finished: `."""
     for job in jobs:
         yield f"{'# finished: ' if done.look(job, asked[job]) else ''}{shlex.join(hide(job.command))}"
 
 
 def say_near_misses(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done) -> None:
-    """Name what keeps a run of another folder or of the results file from being taken for one of this sweep."""
+    """Print why runs of other folders or of the results file, although similar, do not count for this sweep."""
     others = [*done.others, *(done.results.records if done.results else [])]
     found = [(job, closest(others, asked[job])) for job in jobs if done.look(job, asked[job]) is None]
     near = [(job, words) for job, words in found if words]
@@ -86,7 +86,7 @@ def say_near_misses(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done)
 
 
 def open_records(args: argparse.Namespace) -> Done:
-    """The results file and the folders of other sweeps, as they stand."""
+    """Read the results file and the runs below the folders of --adopt."""
     for folder in args.adopt:
         if not folder.is_dir():
             raise InputError(f"--adopt {folder} is no folder: name the base folder of earlier runs.")
@@ -95,7 +95,12 @@ def open_records(args: argparse.Namespace) -> Done:
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> int:
-    """Returns the exit status: 0 finished, 1 some runs failed, 2 bad input, 3 the cluster is gone, 130 Ctrl-C."""
+    """Run a sweep.
+
+    Returns:
+        The exit status: 0 if all runs are finished, 1 if some failed, 2 for bad input, 3 if the cluster is gone, 130
+        after Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--guard"]:
         return guard(int(argv[1]), Path(argv[2]), argv[3:])
@@ -112,7 +117,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
             if tuning:
                 print(f"# then the best value of each method on each task, with the seeds {args.seeds}")
             return 0
-        for signum in (signal.SIGINT, signal.SIGTERM):  # also where a shell has started this with Ctrl-C ignored
+        for signum in (signal.SIGINT, signal.SIGTERM):  # a shell may have started this with Ctrl-C ignored
             signal.signal(signum, interrupt)
         say_near_misses(jobs, asked, done)
         code = sweep(jobs, asked, done, args)

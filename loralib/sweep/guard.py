@@ -1,4 +1,4 @@
-"""One run as processes: a guard between Ray's worker and the script, so that nothing of a run outlives its worker."""
+"""Guards a run by two processes between Ray's worker and the script, so that nothing of it outlives the worker."""
 
 import ctypes
 import fcntl
@@ -17,22 +17,22 @@ from loralib.errors import InputError
 from loralib.training.lock import open_lock
 
 LOCK_FILE = ".sweep.lock"
-GRACE = 60.0  # seconds that a run has to write a checkpoint after SIGTERM, before SIGKILL
+GRACE = 60.0  # seconds after SIGTERM in which a run may write a checkpoint; then SIGKILL
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def die_with_parent(signum: int) -> None:
-    """Ask the kernel for a signal when the parent goes, by whatever death."""
+    """Ask the kernel for a signal when the parent ends, in whatever way."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum)
 
 
 def interrupt(signum: int, _: Any) -> NoReturn:
-    """Handler that makes SIGTERM, and Ctrl-C wherever it was ignored, end things as Ctrl-C does."""
+    """Signal handler that ends a program as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, nearest first; zombies are left out."""
+    """All processes below `pid`, nearest first, without zombies."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -51,14 +51,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def guard(parent: int, folder: Path, command: Sequence[str]) -> int:
-    """Run `command` so that nothing of it outlives its Ray worker; returns its exit status.
+    """Run `command` so that none of its processes outlives its Ray worker, and return its exit status.
 
-    Two processes stand between the worker and the run, since Ray kills the children of a worker that it ends, at once
-    and with SIGKILL. The first dies with the worker, the second gets SIGTERM when the first is gone, and ends the run:
-    SIGTERM, so that a checkpoint can be written, SIGKILL after `GRACE` seconds. Both adopt what loses its parent below
-    them, so that either can clear up alone.
+    When Ray ends a worker, it kills the worker's children at once with SIGKILL. So two processes stand between the
+    worker and the run. The first one dies with the worker. The second one gets SIGTERM when the first is gone, and then
+    ends the run: with SIGTERM, so that it can write a checkpoint, and with SIGKILL after `GRACE` seconds. Both adopt
+    the processes below them that lose their parents, so that each can end all of them alone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     die_with_parent(signal.SIGKILL)
     first = os.getpid()
@@ -66,14 +66,14 @@ def guard(parent: int, folder: Path, command: Sequence[str]) -> int:
         return 1
     second = os.fork()
     if not second:
-        return watch(first, folder, command)
+        return run_below(first, folder, command)
     code = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
     kill_rest()
     return abs(code)
 
 
-def watch(parent: int, folder: Path, command: Sequence[str]) -> int:
-    """The second process of `guard`. The folder is locked while it runs: a second attempt waits."""
+def run_below(parent: int, folder: Path, command: Sequence[str]) -> int:
+    """The second process of `guard`: run `command`. The folder is locked meanwhile, so that a second attempt waits."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
@@ -86,7 +86,7 @@ def watch(parent: int, folder: Path, command: Sequence[str]) -> int:
     with lock as file:
         wait_for_lock(file, GRACE + 10, folder)
         file.truncate(0)
-        file.write(str(parent))  # whom to end where Ray itself has died
+        file.write(str(parent))  # the process to end if Ray itself has died
         file.flush()
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGKILL))
         code = 128 + signal.SIGTERM
@@ -103,7 +103,7 @@ def watch(parent: int, folder: Path, command: Sequence[str]) -> int:
 
 
 def kill_rest() -> None:
-    """Kill whatever is left below this process."""
+    """Kill all processes that are left below this one."""
     while rest := descendants(os.getpid()):
         for pid in rest:
             try:
@@ -117,7 +117,7 @@ def kill_rest() -> None:
 
 
 def wait_for_lock(lock: Any, seconds: float, folder: Path) -> None:
-    """Hold the lock of a run's folder, or end with a sentence after `seconds`."""
+    """Take the lock of a run's folder; after `seconds`, end the process with a sentence."""
     for _ in range(math.ceil(seconds / 0.2)):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,17 +128,17 @@ def wait_for_lock(lock: Any, seconds: float, folder: Path) -> None:
 
 
 def wait_until_free(folder: Path, end: bool = False) -> None:
-    """Until the guard of a run has ended it.
+    """Wait until the guard of a run has ended it.
 
     Args:
-        end: end the run, as the death of its worker would; for a worker that outlived Ray on this machine.
+        end: end the run, as the death of its worker would. This is for a worker that outlives Ray on this machine.
     """
     if not (folder / LOCK_FILE).is_file():
         return
     try:
         lock = open_lock(folder / LOCK_FILE)
     except InputError:
-        return  # a link: no guard of this project's made it
+        return  # it is a link, and no guard has made it
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,7 +153,7 @@ def wait_until_free(folder: Path, end: bool = False) -> None:
 
 
 def _is_guard(pid: int, folder: Path) -> bool:
-    """Whether a process of this machine is the guard of the folder, and not one that has its number by chance."""
+    """Whether a process of this machine is the guard of the folder; another one may have its number by chance."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:

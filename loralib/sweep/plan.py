@@ -1,4 +1,4 @@
-"""What a sweep runs: its cells, one a task, method, seed and grid point, each with its command and its folder."""
+"""Plans a sweep: one run for each task, method, seed and grid point, each with its command and its folder."""
 
 import argparse
 import itertools
@@ -18,21 +18,21 @@ Point = tuple[tuple[str, str], ...]  # values of a grid: (flag, value) pairs
 
 @dataclass(frozen=True)
 class Arm:
-    """A method of the comparison under the name that folders and tables have for it."""
+    """A method of the comparison, with flags of its own."""
 
-    name: str
+    name: str  # in folders and tables
     method: str  # one of METHODS, or the absolute path of an entry point
     flags: tuple[str, ...] = ()
 
     @property
     def own(self) -> bool:
-        """Whether it is an entry point of the user's."""
+        """Whether it is an entry point of the user."""
         return self.method not in METHODS
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what its script is called with, and where it goes."""
+    """One run: the flags of its script, and its output folder."""
 
     task: str
     arm: Arm
@@ -42,7 +42,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Its folder below the sweep's."""
+        """The path of its folder below that of the sweep."""
         return str(Path(*self.folder.parts[-3:]))
 
     @property
@@ -53,10 +53,10 @@ class Job:
 
 
 def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
-    """All runs of a sweep without tuning, seeds outermost so that every method has a first result early.
+    """All runs of a sweep without tuning. Seeds vary last, so that every method has a first result early.
 
     Raises:
-        InputError: an unknown task or method, a grid that can't be read, a flag that is the sweep's to set.
+        InputError: a task or method is unknown, a grid cannot be read, or a flag is given that the sweep sets itself.
     """
     check_tasks(args.tasks)
     arms = read_arms(args.methods)
@@ -74,14 +74,14 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
 
 
 def make_job(output: str, task: str, arm: Arm, seed: int, flags: Sequence[str], point: Point) -> Job:
-    """The run of a grid point, in OUTPUT/TASK/METHOD[,NAME=VALUE...]/seedK."""
+    """The run of a grid point. Its folder is OUTPUT/TASK/METHOD[,NAME=VALUE...]/seedK."""
     label = ",".join([arm.name, *(f"{name}={value}".replace("/", "_") for name, value in point)])
     values = [word for name, value in point for word in (f"--{name}", value)]
     return Job(task, arm, seed, (*flags, *values), Path(output).absolute() / task / label / f"seed{seed}")
 
 
 def check_folders(jobs: Sequence[Job]) -> None:
-    """Refuse two runs in one folder."""
+    """Refuse a plan in which two runs share a folder."""
     seen: set[Path] = set()
     for job in jobs:
         if job.folder in seen:
@@ -92,7 +92,7 @@ def check_folders(jobs: Sequence[Job]) -> None:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse a task that has no script."""
+    """Refuse a task without a script."""
     scripts = (ROOT / "scripts").glob("*.sh")
     known = sorted(p.stem for p in scripts if p.stem != "launch" and "/launch.sh" in p.read_text(encoding="utf-8"))
     for task in tasks:
@@ -101,7 +101,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def split_arms(text: str) -> list[str]:
-    """The entries of --methods; a comma in an entry's flags does not end it."""
+    """Split --methods into its entries. A comma inside the flags of an entry does not end the entry."""
     found: list[str] = []
     for part in text.split(","):
         starts = part.strip() in METHODS or re.match(r"\s*[\w.+-]+=", part) or Path(part.partition(":")[0]).is_file()
@@ -113,7 +113,7 @@ def split_arms(text: str) -> list[str]:
 
 
 def read_arms(entries: Sequence[str]) -> list[Arm]:
-    """Methods by name or path, or as NAME=METHOD or NAME=PATH, each with :FLAGS behind it if wanted."""
+    """Read the entries METHOD, PATH, NAME=METHOD[:FLAGS] and NAME=PATH[:FLAGS]."""
     arms = []
     for entry in entries:
         named = re.match(r"([\w.+-]+)=(.+)$", entry)
@@ -133,7 +133,7 @@ def read_arms(entries: Sequence[str]) -> list[Arm]:
 
 
 def method_label(method: str) -> str:
-    """Folder name of a method: the name itself; for an entry point its file's name, or its folder's if run_glue.py."""
+    """The folder name of a method; for an entry point it is the name of the file, or of the folder of run_glue.py."""
     if method in METHODS:
         return method
     path = Path(method).absolute()
@@ -141,12 +141,12 @@ def method_label(method: str) -> str:
 
 
 def read_grid(entries: Sequence[str], flag: str) -> dict[str, list[str]]:
-    """NAME=VALUE,VALUE entries as values by flag."""
+    """Read the entries NAME=VALUE,VALUE of a grid into values by flag."""
     grid: dict[str, list[str]] = {}
     for entry in entries:
         name, _, values = entry.partition("=")
         if is_secret(name):
-            raise InputError(f"{flag} {name}: an access token is no setting to compare; give it to all runs.")
+            raise InputError(f"{flag} {name}: an access token is not a setting to compare; give it to all runs.")
         name = name.lstrip("-").replace("-", "_")
         if not name or not all(values.split(",")):
             raise InputError(
@@ -159,7 +159,7 @@ def read_grid(entries: Sequence[str], flag: str) -> dict[str, list[str]]:
 def flags_of_cells(
     args: argparse.Namespace, arms: Sequence[Arm], flags: Sequence[str]
 ) -> Mapping[tuple[str, Arm], tuple[str, ...]]:
-    """The flags of each task and arm: those of all runs, the arm's, then those of --only; later ones win."""
+    """The flags of each task and arm: those of all runs, then the arm's, then those of --only. Later ones win."""
     for flag in flags:
         name = flag.split("=")[0].lstrip("-").replace("-", "_")
         for set_here, least in (("seed", 2), ("output_dir", 2)):

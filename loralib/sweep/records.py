@@ -1,7 +1,7 @@
-"""Which runs are finished: by their own folders, by the folders of other sweeps, and by a compact results file.
+"""Finds finished runs in their own folders, in the folders of other sweeps and in a compact results file.
 
-A results file holds one record a line (JSON), appended as runs finish, small enough to be committed; with it a sweep
-goes on on another machine, and the report is made without the folders.
+A results file has one JSON record in each line, which is appended when a run finishes. It is small enough to be
+committed to git. With it, a sweep can go on on another machine, and the report can be made without the folders.
 """
 
 import json
@@ -14,7 +14,7 @@ from loralib.errors import InputError
 from loralib.sweep.plan import Job
 from loralib.sweep.settings import PLACES, WITHOUT_NUMBERS, Asked, differences, entry_of
 
-DONE = ("finished", "diverged")  # a run that diverged is done: the same flags diverge again
+DONE = ("finished", "diverged")  # a diverged run is done, because with the same flags it would diverge again
 KEPT = ("version", "status", "method", "task", "seed", "commit", "versions", "hardware", "world_size",
         "effective_batch", "steps", "metrics", "wall_seconds", "total_seconds", "peak_memory",
         "evaluation_rows_per_second", "heldout", "one_class", "stages", "total_rank", "target_total_rank")  # fmt: skip
@@ -22,12 +22,12 @@ COUNTS = ("trainable", "total", "lora", "head", "remaining")
 
 
 def result(job: Job) -> dict[str, Any] | None:
-    """The results file of a run; None where there is none, {} where it is cut short or no results file."""
+    """The run.json of a run; None if there is none, {} if it is cut short or of another kind."""
     return read_result(job.folder / "run.json")
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
-    """A results file; None where there is none, {} where it is cut short or not one of this project's."""
+    """The content of a run.json; None if there is none, {} if it is cut short or of another kind."""
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,17 +39,21 @@ def read_result(file: Path) -> dict[str, Any] | None:
 
 
 def status(job: Job) -> str:
-    """What the results file in the run's folder says; empty where there is none."""
+    """The status in the run.json of a run's folder; "" if there is none."""
     return str((result(job) or {}).get("status", ""))
 
 
 def finished(job: Job) -> bool:
-    """Whether the results file in the run's folder says so."""
+    """Whether the run.json in the run's folder says that the run is finished."""
     return status(job) == "finished"
 
 
 def check_settings(job: Job, asked: Asked) -> None:
-    """Refuse to take a finished run for one that other flags were given for."""
+    """Refuse a finished run that has other settings than those asked for.
+
+    Raises:
+        InputError: names the settings.
+    """
     found = differences(result(job) or {}, asked)
     if found:
         raise InputError(
@@ -62,7 +66,7 @@ def check_settings(job: Job, asked: Asked) -> None:
 
 
 def compact(run: Mapping[str, Any], arm: str | None = None) -> dict[str, Any]:
-    """The essentials of a results file: no path of a machine, no training loss, of each matrix its rank alone."""
+    """The essentials of a run.json: no paths, no training losses, and of each matrix only its rank."""
     arguments = {
         name: Path(value).name if name in (*PLACES, "dataset_name") and isinstance(value, str) else value
         for name, value in run["arguments"].items()
@@ -90,12 +94,12 @@ def compact(run: Mapping[str, Any], arm: str | None = None) -> dict[str, Any]:
 
 
 class ResultsFile:
-    """A compact results file that grows by one line a run."""
+    """A compact results file, to which each finished run adds one line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
-        self.cut = False  # the last line was cut off while it was written
+        self.cut = False  # whether the last line was cut off while it was written
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -120,11 +124,11 @@ class ResultsFile:
             self.records.append(record)
 
     def find(self, asked: Asked) -> dict[str, Any] | None:
-        """The record of a run that is done with these settings."""
+        """The record of a run with these settings that is done; None if there is none."""
         return next((r for r in self.records if r.get("status") in DONE and is_asked_for(r, asked)), None)
 
     def add(self, run: Mapping[str, Any], arm: str | None = None) -> None:
-        """Append a run's record, on the disk before this returns; one that was cut off is removed first."""
+        """Append the record of a run and wait for the disk. A line that was cut off is removed first."""
         record = compact(run, arm)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
@@ -139,8 +143,8 @@ class ResultsFile:
 
 
 def is_asked_for(record: Mapping[str, Any], asked: Asked) -> bool:
-    """Whether a record from elsewhere is of the run asked for. Flags that can't be parsed may lack in it, so then the
-    method's name in the sweep has to agree too."""
+    """Whether a record from elsewhere is that of the run asked for. If the entry point cannot be asked, the record may
+    lack flags, so then the method's name in the sweep has to agree too."""
     return not differences(record, asked) and (asked.arguments is not None or record.get("arm") == asked.arm)
 
 
@@ -151,7 +155,7 @@ def runs_below(folder: Path) -> list[dict[str, Any]]:
 
 
 def closest(runs: Iterable[Mapping[str, Any]], asked: Asked) -> list[str]:
-    """Where the run that is most like the one asked for differs; empty where none has its task, method and seed."""
+    """The differences of the most similar run from the one asked for; [] if none has its task, method and seed."""
     same = [run for run in runs if run.get("task") == asked.task and run["arguments"].get("seed") == asked.seed]
     if asked.method is not None:
         same = [run for run in same if run.get("method") == asked.method]
@@ -159,17 +163,17 @@ def closest(runs: Iterable[Mapping[str, Any]], asked: Asked) -> list[str]:
 
 
 class Done:
-    """What is known of each run of a sweep: its record, from wherever it is."""
+    """The records of a sweep's runs that are done, from all places."""
 
     def __init__(self, results: ResultsFile | None, others: Sequence[dict[str, Any]]) -> None:
         self.results, self.others = results, others
         self.known: dict[Job, dict[str, Any]] = {}
 
     def look(self, job: Job, asked: Asked) -> dict[str, Any] | None:
-        """The record of a run that is done, which is entered into the results file if it is not there.
+        """The record of a run, or None if it is not done. The record is added to the results file if it is not there.
 
         Raises:
-            InputError: the run's folder holds one that is done with other settings.
+            InputError: the run's folder holds a run that is done with other settings.
         """
         if job in self.known:
             return self.known[job]

@@ -1,4 +1,4 @@
-"""Runs the cells of a sweep on Ray: progress, one retry of a run that failed, none for a cluster that vanished."""
+"""Runs a sweep on Ray: shows the progress, tries a failed run once more, and blames no run for a lost cluster."""
 
 import argparse
 import math
@@ -22,12 +22,12 @@ from loralib.sweep.records import Done, result, status
 from loralib.sweep.settings import Asked
 
 PAUSE = 10.0  # seconds between two attempts to find a cluster again
-LOSSES = 3  # times that a cluster may be lost without a run that ended in between
-BAD_INPUT = 2  # exit status of a run whose flags or files were refused
+LOSSES = 3  # a cluster may be lost so often without the end of a run in between
+BAD_INPUT = 2  # exit status of a run whose flags or files are refused
 
 
 class Progress:
-    """One line that is rewritten on a terminal, and a new line at each change elsewhere."""
+    """A line of progress. On a terminal it is rewritten; elsewhere each change is a new line."""
 
     def __init__(self, total: int, skipped: int, slots: int) -> None:
         self.total, self.done, self.failed, self.running, self.slots = total, skipped, 0, 0, slots
@@ -35,7 +35,7 @@ class Progress:
         self.last = ""
 
     def line(self) -> str:
-        """done / running / failed / left, and the time that remains at the mean of the runs so far."""
+        """How many runs are done, running, failed and left, and the remaining time by the mean of the runs so far."""
         left = self.total - self.done - self.failed - self.running
         text = f"{self.done} of {self.total} done, {self.running} running, {self.failed} failed, {left} left"
         if self.seconds and left + self.running:
@@ -45,7 +45,7 @@ class Progress:
         return text
 
     def show(self) -> None:
-        """Print the line if it says something new."""
+        """Print the line if it has changed."""
         line = self.line()
         if line != self.last:
             print(
@@ -54,13 +54,16 @@ class Progress:
         self.last = line
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
         self.last = ""
 
 
 def sweep(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done, args: argparse.Namespace) -> int:
-    """Run all jobs that are not done; 0 when all are finished in the end, 1 when some failed, 130 after Ctrl-C.
+    """Run all jobs that are not done.
+
+    Returns:
+        0 if all are finished at the end, 1 if some failed, 130 after Ctrl-C.
 
     Raises:
         ClusterLost: the cluster is gone and did not come back.
@@ -96,13 +99,13 @@ def _list_failed(jobs: Sequence[Job], done: Done) -> int:
     failed = _failed(jobs, done)
     for job in failed:
         diverged = (done.known.get(job) or {}).get("status") == "diverged"
-        word = "its loss or a gradient is not finite any more" if diverged else last_line(job.folder / "run.log")
+        word = "its loss or a gradient is no longer finite" if diverged else last_line(job.folder / "run.log")
         print(f"{'diverged' if diverged else 'failed'}: {job.name}: {word}")
     return 1 if failed else 0
 
 
 class _Loop:
-    """The runs that wait, that are under way and that are over."""
+    """The loop of a sweep, with the runs that wait, those on the way and those that have ended."""
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class _Loop:
         self.running: dict[Any, tuple[Job, float]] = {}
         self.failures: dict[Job, int] = {}
         self.lost: dict[Job, int] = {}
-        self.losses = 0  # of the whole cluster, since a run ended
+        self.losses = 0  # how often the cluster was lost since a run ended
         self.progress = Progress(len(jobs), len(jobs) - len(todo), 1)
         self.work = self._prepare()
 
@@ -126,7 +129,7 @@ class _Loop:
         return worker(self.cluster.ray, gpus, cpus)
 
     def run(self) -> None:
-        """Until nothing is left."""
+        """Run until no job is left."""
         while self.todo or self.running:
             if not self.cluster.alive():
                 self._find_again()
@@ -153,7 +156,7 @@ class _Loop:
             why = f"ended with status {code}"
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.RayTaskError) as error:
             why = f"lost its worker ({type(error).__name__})"
-        except errors.RayError as error:  # not the run: its machine or Ray itself
+        except errors.RayError as error:  # the fault is that of its machine or of Ray, not of the run
             wait_until_free(job.folder, end=True)
             self.lost[job] = self.lost.get(job, 0) + self.cluster.alive()
             if self.lost[job] <= LOSSES:
@@ -180,10 +183,10 @@ class _Loop:
             self.progress.say(f"{job.name} {why}: given up, see {job.folder / 'run.log'}")
 
     def _find_again(self) -> None:
-        """Start or join the cluster anew, with every run that was under way back in its place, none of them blamed.
+        """Start or join the cluster anew. Runs that were on the way wait again, and none of them counts as failed.
 
         Raises:
-            ClusterLost: it did not come back in time, or was lost again and again.
+            ClusterLost: the cluster did not come back in time, or was lost again and again.
         """
         self.losses += 1
         left = [job for job, _ in self.running.values()]
@@ -217,7 +220,7 @@ class _Loop:
         raise ClusterLost(f"the Ray cluster was lost {self.losses} times with no run that ended in between; {counts}.")
 
     def end(self) -> None:
-        """Cancel what is under way and wait for its guards."""
+        """Cancel the runs that are on the way, and wait for their guards."""
         alive = self.cluster.ray is not None and (not self.running or self.cluster.alive())
         for call in self.running if alive else ():
             self.cluster.ray.cancel(call, force=True)
@@ -227,13 +230,13 @@ class _Loop:
 
 
 def worker(ray: Any, gpus: float, cpus: float) -> Any:
-    """What Ray runs for one cell: the guard, with the run's output in its run.log; returns its exit status."""
+    """The function that Ray calls for a run: it starts the guard, writes run.log and returns the exit status."""
     place = os.getcwd()
-    base = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}  # the cluster's token is not the run's
+    base = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}  # a run must not get the cluster's token
 
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
     def work(script: str, command: list[str], shown: str, folder: str) -> int:
-        # Pickled by value: no name of this module stands in it.
+        # Ray pickles this function by value, so it must not use names of this module.
         import os
         import subprocess
         import sys
@@ -245,12 +248,12 @@ def worker(ray: Any, gpus: float, cpus: float) -> Any:
         env.setdefault("TQDM_MININTERVAL", "60")  # the log is a file
         os.makedirs(folder, exist_ok=True)
         own = [sys.executable, script, "--guard", str(os.getpid()), folder, *command]
-        # a link is not followed: what it points to is not the sweep's to write to
+        # A link is not followed, because it may lead to a foreign file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         with os.fdopen(os.open(os.path.join(folder, "run.log"), flags, 0o644), "ab") as log:
             log.write(f"== {shown}\n".encode())
             log.flush()
-            # a session of its own: Ray may end the process group of a worker that died
+            # The guard has a session of its own, because Ray may end the process group of a worker that died.
             null, out = subprocess.DEVNULL, subprocess.STDOUT
             return subprocess.run(
                 own, cwd=place, env=env, stdin=null, stdout=log, stderr=out, start_new_session=True
@@ -260,7 +263,7 @@ def worker(ray: Any, gpus: float, cpus: float) -> Any:
 
 
 def last_line(log: Path) -> str:
-    """What a run said last: its last error, else its last line."""
+    """The last error in the log of a run, or its last line if it has no error."""
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:

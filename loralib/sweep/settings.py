@@ -1,4 +1,4 @@
-"""Which flags decide a run's numbers, and where two runs differ in them."""
+"""The flags that decide a run's numbers, and the differences of two runs in them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Flags that change no number of a run: where it writes and what it prints, how it is split over devices (the effective
-# batch is compared instead), and older names, whose meaning stands in the flag that replaced them.
+# Flags that change no number of a run. They say where it writes, what it prints and how it is split over devices (the
+# effective batch is compared instead), or they are older names of flags that are compared.
 WITHOUT_NUMBERS = re.compile(
     r"output_dir|logging_\w+|log_\w+|run_name|overwrite_\w+|resume_\w+|per_device_\w+|gradient_accumulation_steps|"
     r"local_rank|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|save_\w+|report_to|\w*cache\w*|"
@@ -16,7 +16,7 @@ WITHOUT_NUMBERS = re.compile(
     r"evaluation_strategy|group_by_length|warmup_ratio|pad_to_max_length|restore_callback_states_from_checkpoint|"
     r"enable_jit_checkpoint|(gradient|activation)_checkpointing\w*|include_\w+|ignore_data_skip|use_fast_tokenizer|trust_remote_code|debug"
 )
-# Folders and files may move: their last name is what one recognises.
+# Folders and files may move, so only the last names of their paths are compared.
 PLACES = (
     "model_name_or_path",
     "config_name",
@@ -30,19 +30,19 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command asks for, as its entry point parses it.
+    """The settings of a command, as its entry point parses them.
 
     Attributes:
-        arguments: every flag's value as run.json would hold it; None where the entry point can't be asked.
-        given: flags by name as they were typed, for an entry point that can't be asked.
-        at_default: flags that have their default.
-        data: names that the data folder may have in the record of a run on the same data.
+        arguments: the value of every flag as in run.json; None if the entry point cannot be asked.
+        given: the flags as they were typed, for an entry point that cannot be asked.
+        at_default: the flags that have their defaults.
+        data: the names that the data folder may have in the record of a run on the same data.
     """
 
     task: str
     seed: int
-    arm: str  # the method's name in this sweep
-    method: str | None  # as run.json names it; None for an entry point of the user's
+    arm: str  # the name of the method in this sweep
+    method: str | None  # its name in run.json; None for an entry point of the user
     entry: str  # the last two parts of the entry point's path
     arguments: Mapping[str, Any] | None
     given: Mapping[str, str]
@@ -52,10 +52,10 @@ class Asked:
 
 
 def differences(record: Mapping[str, Any], asked: Asked) -> list[str]:
-    """Where a run's record and a command differ in what decides numbers, in words; empty where they agree.
+    """The differences between a run's record and a command in settings that decide numbers, in words.
 
     Args:
-        record: a results file, whole or compact.
+        record: the record of a run, whole or compact.
     """
     done = record.get("arguments")
     if not isinstance(done, dict):
@@ -93,7 +93,7 @@ def differences(record: Mapping[str, Any], asked: Asked) -> list[str]:
 
 
 def entry_of(record: Mapping[str, Any]) -> str | None:
-    """The last two parts of the path of the entry point that wrote a record; None where it is not known."""
+    """The last two parts of the path of the entry point that wrote a record; None if unknown."""
     command = record.get("command")
     if isinstance(command, list) and command and isinstance(command[0], str):
         return short_path(command[0])
@@ -115,7 +115,7 @@ def _last(value: Any) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal as values: 1 and 1.0 are, True and 1 are not, nothing and an empty list or mapping are."""
+    """Whether two values are equal: 1 equals 1.0, True does not equal 1, None equals an empty list or mapping."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, int | float) and isinstance(b, int | float):
@@ -131,7 +131,7 @@ def _same_text(done: Any, asked: str) -> bool:
 
 
 def typed_flags(words: Sequence[str]) -> dict[str, str]:
-    """Flags by name as they were typed; the last one of a name wins, a bare one is True."""
+    """The flags as they were typed, by name. The last one of a name counts, and one without a value is True."""
     found: dict[str, str] = {}
     for i, word in enumerate(words):
         if not word.startswith("--"):

@@ -1,7 +1,8 @@
-"""Tuning as part of a sweep: the same number of trials for every method, one choice for each task, and its record.
+"""Tunes within a sweep: every method gets the same number of trials, and the choices are recorded with all scores.
 
-First every task x method x value x tuning seed; then, for each task and method, the value with the best mean over the
-tuning seeds; then the final runs with other seeds. Trials are runs like any other: they are resumed, skipped and kept.
+First comes a trial for every task, method, value and tuning seed. Then the value with the best mean over the tuning
+seeds is chosen for each task and method. Then come the final runs, with other seeds. Trials are runs like any other:
+they are resumed, skipped and kept.
 """
 
 import argparse
@@ -33,7 +34,7 @@ Grid = dict[str, list[str]]
 
 @dataclass
 class Tuning:
-    """The trials of a sweep, and what turns their scores into final runs."""
+    """The trials of a sweep, and the settings from which its final runs are made."""
 
     args: argparse.Namespace
     arms: list[Arm]
@@ -43,15 +44,15 @@ class Tuning:
 
     @property
     def file(self) -> Path:
-        """Where the choice is written."""
+        """The file of the choices."""
         return Path(self.args.output).absolute() / CHOICE_FILE
 
     def points(self, arm: Arm) -> list[Point]:
-        """The points of a method's grid, in the order given."""
+        """The points of a method's grid, in the order of the flags."""
         return points_of(self.grids[arm.name])
 
     def finals(self, choices: Sequence[Mapping[str, Any]]) -> list[Job]:
-        """The final runs with the chosen values, seeds outermost."""
+        """The final runs with the chosen values. Seeds vary last."""
         chosen = {(c["task"], c["method"]): tuple(c["values"].items()) for c in choices}
         jobs = [
             make_job(self.args.output, task, arm, seed, self.flags[task, arm], chosen[task, arm.name])
@@ -62,15 +63,17 @@ class Tuning:
 
 
 def points_of(grid: Grid) -> list[Point]:
-    """Every combination of a grid's values."""
+    """All combinations of a grid's values."""
     return list(itertools.product(*([(name, value) for value in values] for name, values in grid.items())))
 
 
 def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
-    """The trials of a sweep.
+    """Plan the trials of a sweep.
 
     Raises:
-        InputError: a grid that can't be read, methods with unlike numbers of trials, or a seed that tunes and counts.
+        InputError: a grid cannot be read, methods have different numbers of trials, or a seed is both for tuning and
+        for
+            final runs.
     """
     check_tasks(args.tasks)
     arms = read_arms(args.methods)
@@ -113,10 +116,10 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
 
 
 def compare_with_earlier(tuning: Tuning) -> None:
-    """Say how a grid extends the one of an earlier call in this folder.
+    """Print how a grid extends that of an earlier call in this folder.
 
     Raises:
-        InputError: a value or seed that was tried is not named any more.
+        InputError: a value or seed was tried earlier and is no longer named.
     """
     try:
         earlier = json.loads(tuning.file.read_text(encoding="utf-8"))
@@ -150,14 +153,14 @@ def _words(values: Mapping[str, str]) -> str:
 
 
 def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
-    """The best value of each task and method, written whole to tuning.json with every score.
+    """Choose the best value of each task and method, and write the choices with all scores to tuning.json.
 
-    A trial that diverged counts and has the worst score. Of equal means the first in the grid's order is taken.
+    A diverged trial counts and has the worst score. Of equal means, the first in the order of the grid is chosen.
 
     Raises:
-        InputError: all trials of a method diverged on a task.
+        InputError: no trial of a method has a score on a task.
     """
-    # needed here alone, with large libraries behind them
+    # Imported here because they import large libraries.
     from loralib.adapters.writing import write_json
     from loralib.report.runs import SMALLER_IS_BETTER, Run
 
@@ -202,7 +205,7 @@ def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
 
 
 def edges(grid: Grid, best: Point) -> list[str]:
-    """Flags whose best value is the smallest or largest of its grid: better ones may lie beyond it."""
+    """The flags whose best value is the smallest or largest of the grid, so that better ones may lie beyond."""
     found = []
     for name, value in best:
         try:
@@ -215,7 +218,7 @@ def edges(grid: Grid, best: Point) -> list[str]:
 
 
 def say(choices: Sequence[Mapping[str, Any]]) -> None:
-    """The choices in a line each, with a word where the best value is at the edge of its grid."""
+    """Print a line for each choice, and another one if the value is at the edge of its grid."""
     for choice in choices:
         diverged = sum(score["status"] == "diverged" for score in choice["scores"])
         words = f"; {diverged} diverged" if diverged else ""
