@@ -18,7 +18,7 @@ if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
 if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py").is_file():
     sys.exit(
         "error: the package 'loralib' found here is another one (Microsoft's): run 'pip uninstall loralib', then "
-        f"'pip install -e {Path(__file__).resolve().parents[1]}', or use an environment of its own."
+        f"'pip install -e {Path(__file__).resolve().parents[1]}', or use another environment."
     )
 
 from loralib.errors import InputError
@@ -90,7 +90,7 @@ class AdaLoRAArguments(LoRAArguments):
 
 
 def choose_method(model: Any, flags: AdaLoRAArguments, do_train: bool) -> Method:
-    """The method that the flags ask for, put into the model."""
+    """Make the method that the flags ask for, and put it into the model."""
     if not flags.apply_lora:
         return full_fine_tuning(model)
     common: dict[str, Any] = {"reg_orth_coef": flags.reg_orth_coef, **flags.layer_settings}
@@ -99,14 +99,14 @@ def choose_method(model: Any, flags: AdaLoRAArguments, do_train: bool) -> Method
         numbers = {name: getattr(flags, name) for name in names}
         return adalora(model, flags.modules, log_every=flags.tb_writter_loginterval, **numbers, **common)
     if not flags.apply_adalora and (flags.target_rank or flags.target_total_rank):
-        sentence = "apply_adalora is off: no budget is allocated, all ranks stay, whatever target_rank says"
+        sentence = "apply_adalora is off: no budget is allocated, target_rank has no effect and all ranks stay"
         logging.getLogger("loralib.run_glue").info(sentence)
     method = lora(model, flags.modules, triplets=flags.lora_type == "svd", **common)
-    return replace(method, name="adalora") if flags.apply_adalora else method  # evaluated alone, nothing is allocated
+    return replace(method, name="adalora") if flags.apply_adalora else method  # an evaluation alone allocates nothing
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse, load data and model, adapt, train, report. Returns the final metrics."""
+    """Parse the flags, load data and model, adapt, train and report. Return the final metrics."""
     classes = (ModelArguments, DataArguments, AdaLoRAArguments, GlueTrainingArguments)
     model_args, data_args, flags, training = parse(classes, argv, __doc__)
     run = start(training, model_args, data_args, flags, argv)

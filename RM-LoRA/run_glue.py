@@ -16,7 +16,7 @@ if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
 if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py").is_file():
     sys.exit(
         "error: the package 'loralib' found here is another one (Microsoft's): run 'pip uninstall loralib', then "
-        f"'pip install -e {Path(__file__).resolve().parents[1]}', or use an environment of its own."
+        f"'pip install -e {Path(__file__).resolve().parents[1]}', or use another environment."
     )
 
 from loralib.errors import InputError
@@ -59,7 +59,7 @@ class RMLoRAArguments(LoRAArguments):
 
 
 def choose_method(model: Any, flags: RMLoRAArguments, seed: int) -> Method:
-    """The method that the flags ask for, put into the model."""
+    """Make the method that the flags ask for, and put it into the model."""
     if not flags.apply_lora:
         return full_fine_tuning(model)
     return rm_lora(
@@ -76,7 +76,7 @@ def choose_method(model: Any, flags: RMLoRAArguments, seed: int) -> Method:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse, load data and model, adapt, train, report. Returns the final metrics."""
+    """Parse the flags, load data and model, adapt, train and report. Return the final metrics."""
     classes = (ModelArguments, DataArguments, RMLoRAArguments, GlueTrainingArguments)
     model_args, data_args, flags, training = parse(classes, argv, __doc__)
     run = start(training, model_args, data_args, flags, argv)

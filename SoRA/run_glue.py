@@ -1,8 +1,8 @@
-"""Fine-tune a pretrained encoder on GLUE with SoRA (arXiv 2311.11696): gates on the low-rank directions, many pruned.
+"""Fine-tune a pretrained encoder on GLUE with SoRA (arXiv 2311.11696): gates that prune low-rank directions.
 
 SoRA: --apply_lora --train_sparse --sparse_lambda_2 ...
-With --lambda_schedule the threshold rises from stage to stage (Algorithm 1), each stage going on from the last one.
-Without --train_sparse plain LoRA, without --apply_lora full fine-tuning.
+With --lambda_schedule the threshold rises from stage to stage (Algorithm 1). Each stage goes on from the one before.
+Without --train_sparse this is plain LoRA, without --apply_lora full fine-tuning.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ if importlib.util.find_spec("loralib") is None:  # a clone that is not installed
 if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py").is_file():
     sys.exit(
         "error: the package 'loralib' found here is another one (Microsoft's): run 'pip uninstall loralib', then "
-        f"'pip install -e {Path(__file__).resolve().parents[1]}', or use an environment of its own."
+        f"'pip install -e {Path(__file__).resolve().parents[1]}', or use another environment."
     )
 
 from loralib.adapt import adapt
@@ -78,21 +78,21 @@ class SoRAArguments(LoRAArguments):
         self.thresholds()
 
     def thresholds(self) -> list[float]:
-        """Thresholds of the stages, first to last; one stage without a schedule."""
+        """The thresholds of the stages, first to last. Without a schedule there is one stage."""
         if self.lambda_schedule is None:
             return [self.sparse_lambda_2]
         return lambda_stages(self.lambda_schedule, self.sparse_lambda_2, self.max_lambda, self.lambda_num)
 
 
 def check_optimizer(flags: SoRAArguments, training: GlueTrainingArguments) -> None:
-    """Refuse an optimizer that has no place for the gates' threshold."""
+    """Refuse an optimizer that cannot apply the gates' threshold."""
     optim = getattr(training.optim, "value", training.optim)
     if flags.train_sparse and optim not in ("adamw_torch", "adamw_torch_fused"):
         raise InputError(f"--optim {optim} cannot be used with --train_sparse: the gates need SoRA's own AdamW.")
 
 
 def choose_methods(model: Any, flags: SoRAArguments, do_train: bool) -> list[Method]:
-    """The method of each stage, put into the model; a run without a schedule has one stage."""
+    """Put the method into the model, once for each stage. A run without a schedule has one stage."""
     if not flags.apply_lora:
         return [full_fine_tuning(model)]
     if not flags.train_sparse:
@@ -105,7 +105,7 @@ def choose_methods(model: Any, flags: SoRAArguments, do_train: bool) -> list[Met
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse, load data and model, adapt, train, report. Returns the final metrics."""
+    """Parse the flags, load data and model, adapt, train and report. Return the final metrics."""
     classes = (ModelArguments, DataArguments, SoRAArguments, GlueTrainingArguments)
     model_args, data_args, flags, training = parse(classes, argv, __doc__)
     check_optimizer(flags, training)

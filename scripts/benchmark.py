@@ -1,15 +1,15 @@
-"""What a training step of each method costs, measured side by side on this machine.
+"""Measures the cost of a training step of each method, side by side on this machine.
 
     python scripts/benchmark.py                                    # CPU or the first GPU, DeBERTa-v3-base shape
     python scripts/benchmark.py --layers 4 --batch 8 --length 128 --repeats 5
-    python scripts/benchmark.py --real 0.41                        # rows of MRPC's average length: what unpadding gives
+    python scripts/benchmark.py --real 0.41                        # rows of MRPC's average length, for unpadding
     python scripts/benchmark.py --scaling                          # cost against length, batch, rank and layers
-    python scripts/benchmark.py --gpu-suite --output FILE.json     # everything one wants to know of a GPU, in one call
+    python scripts/benchmark.py --gpu-suite --output FILE.json     # the whole list of measurements for a GPU
 
-Needs torch and transformers; PEFT takes part when it is installed. Weights and tokens are random, so no download. All
-contestants live in one process and take turns, step by step, so that a slow moment of the machine hits all of them. A
-step is what the trainer does: forward, float32 cross-entropy, backward, penalty, clipping, mask, optimizer, allocator,
-with a mask in every step. One table on stdout, and with --output a JSON file.
+It needs torch and transformers; PEFT takes part if it is installed. Weights and tokens are random, so nothing is
+downloaded. All contestants are in one process and take turns, step by step, so that a slow moment of the machine hits
+all of them. A step is that of the trainer: forward, float32 cross-entropy, backward, penalty, clipping, mask, optimizer
+and allocator, with a mask in every step. The results are printed as a table and, with --output, written to a JSON file.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Operations(TorchDispatchMode):
-    """Counts ATen operations: all but those that only make views, about one kernel launch each. Marks split by part."""
+    """Counts ATen operations, except those that only make views; each is about one kernel launch. Calling it with the
+    name of a part assigns the operations since the last call to that part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class Operations(TorchDispatchMode):
 
 
 class FrozenLinear(nn.Linear):
-    """nn.Linear with the kernel of this project's layers: the floor below them."""
+    """nn.Linear with the kernel of this project's layers: the lower bound for their time."""
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class FrozenLinear(nn.Linear):
 
 
 class Contestant:
-    """A model with one way to train it. `step` runs one optimizer step and tells how long its parts took."""
+    """A model with one way to train it. `step` runs one optimizer step and marks its parts."""
 
     def __init__(self, name: str, base: nn.Module, o: argparse.Namespace) -> None:
         """name: METHOD[/stock|/longest|/unpadded], "peft lora" or "peft adalora". base: the shared frozen weights."""
@@ -100,7 +101,7 @@ class Contestant:
         for own, shared in zip(self.model.parameters(), base.parameters(), strict=True):
             own.data = shared.data  # frozen weights exist once
         self.method = Method(name)
-        self.after: Callable[[int], Any] | None = None  # PEFT's AdaLoRA is stepped by hand
+        self.after: Callable[[int], Any] | None = None  # PEFT's AdaLoRA needs a call after each step
         self.labels_inside = False
         if name.startswith("peft"):
             self._peft(name)
@@ -157,7 +158,7 @@ class Contestant:
             self.after = self.model.base_model.update_and_allocate
 
     def step(self, batch: dict[str, Tensor], mark: Callable[[str], Any]) -> None:
-        """One optimizer step; `mark` is called at the start and after each part with its name."""
+        """Run one optimizer step. `mark` is called at its beginning, and after each part with the part's name."""
         o = self.o
         if o.compile:
             torch.compiler.cudagraph_mark_step_begin()
@@ -191,7 +192,8 @@ class Contestant:
 
 
 def build(o: argparse.Namespace) -> DebertaV2ForSequenceClassification:
-    """DeBERTa-v3 with random weights; a small vocabulary, since looking up a frozen row costs the same in any."""
+    """DeBERTa-v3 with random weights and a small vocabulary, because the lookup of a frozen row costs the same in
+    any."""
     hidden, layers, heads, intermediate = SHAPES[o.shape]
     config = DebertaV2Config(
         vocab_size=1000,
@@ -211,7 +213,7 @@ def build(o: argparse.Namespace) -> DebertaV2ForSequenceClassification:
 
 
 def make_batch(o: argparse.Namespace) -> dict[str, Tensor]:
-    """Random tokens (batch, length); with --real S the rows' lengths are spread evenly around S * length."""
+    """Random tokens (batch, length). With --real S the lengths of rows are spread evenly around S * length."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 1000, (o.batch, o.length), generator=g)
     spread = torch.linspace(-0.5, 0.5, o.batch) if o.batch > 1 else torch.zeros(1)
@@ -223,7 +225,7 @@ def make_batch(o: argparse.Namespace) -> dict[str, Tensor]:
 
 
 class Clock:
-    """Seconds of the parts of one step: events on a GPU, read after the step, else wall clock or processor time."""
+    """Measures the seconds of a step's parts: with events on a GPU, otherwise with wall clock or processor time."""
 
     def __init__(self, o: argparse.Namespace) -> None:
         self.gpu = o.device.type == "cuda"
@@ -239,7 +241,7 @@ class Clock:
         self.marks.append((part, now))
 
     def seconds(self) -> dict[str, float]:
-        """By part, and the `step` as a whole."""
+        """The seconds of each part, and of the whole `step`."""
         if self.gpu:
             torch.cuda.synchronize()
         spent = dict.fromkeys(PARTS, 0.0)
@@ -249,7 +251,11 @@ class Clock:
 
 
 def measure(o: argparse.Namespace) -> dict[str, Any]:
-    """All contestants of `o` in turns; a record with settings, the machine's matmul rate and a result for each."""
+    """Measure all contestants of `o` in turns.
+
+    Returns:
+        A record with the settings, the machine's rate of matrix products, and the results of each contestant.
+    """
     base = build(o).to(o.device)
     padded = make_batch(o)
     longest = int(padded["attention_mask"].sum(1).max())
@@ -286,16 +292,18 @@ def measure(o: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_steps(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Namespace) -> dict[str, Any]:
-    """Warm up; then what is counted, not timed: operations, memory, and on a GPU kernels and synchronisations."""
+    """Warm up, then count operations and memory and, on a GPU, kernels and synchronisations."""
     for _ in range(o.warmup):
         contestant.step(batch, lambda part: None)
     found: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in contestant.trained)}
     if not o.compile:
         with Operations() as operations:
             contestant.step(batch, operations)
-        # the optimizer's arithmetic may be one kernel or many; SoRA's threshold, six operations, goes with it
+        # The optimizer is left out, because its arithmetic may be one kernel or many. SoRA's threshold, six operations,
+        # is left out with it.
         found["operations"] = sum(n for part, n in operations.parts.items() if part != "optimizer")
-    # as if it were alone: with weights and the optimizer's averages; an allocator's averages, which are small, left out
+    # The memory of a contestant that is alone: weights and the optimizer's averages are added. The averages of an
+    # allocator are small and left out.
     held = [*contestant.model.parameters(), *contestant.trained, *contestant.trained]
     found["peak_memory_bytes"] = peak_above(contestant, batch, o) + sum(t.numel() * t.element_size() for t in held)
     if o.device.type == "cuda":
@@ -305,9 +313,9 @@ def first_steps(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Na
 
 
 def peak_above(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Namespace) -> int:
-    """Most bytes that one step has allocated at a time, above what was there before it.
+    """The most bytes that one step allocates at a time, above those that were allocated before it.
 
-    On a CPU: of what the step itself allocates; that it frees older blocks goes unseen.
+    On a CPU only the step's own allocations are seen; blocks from before that it frees are not subtracted.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -325,7 +333,7 @@ def peak_above(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Nam
 
 
 def count_kernels(contestant: Contestant, batch: dict[str, Tensor]) -> int:
-    """Kernels, copies and fills that one step launches."""
+    """The number of kernels, copies and fills that one step launches."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -335,7 +343,7 @@ def count_kernels(contestant: Contestant, batch: dict[str, Tensor]) -> int:
 
 
 def count_synchronisations(contestant: Contestant, batch: dict[str, Tensor]) -> int:
-    """Times that one step makes the host wait for the device."""
+    """How often one step makes the host wait for the device."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -346,9 +354,9 @@ def count_synchronisations(contestant: Contestant, batch: dict[str, Tensor]) -> 
 
 @torch.no_grad()
 def matmul_rate(o: argparse.Namespace) -> float:
-    """FLOP/s of the shape's own large product, (batch length, hidden) x (hidden, intermediate), in the run's dtype.
+    """FLOP/s of the largest product of the shape, (batch length, hidden) x (hidden, intermediate), in the run's dtype.
 
-    By torch.mm or by the product of this project's layers, whichever is faster here.
+    The product is computed by torch.mm and by the kernel of this project's layers, and the faster one counts.
     """
     hidden, _, _, intermediate = SHAPES[o.shape]
     dtype = DTYPES[o.dtype] or torch.float32
@@ -366,10 +374,10 @@ def matmul_rate(o: argparse.Namespace) -> float:
 
 
 def model_flops(o: argparse.Namespace) -> float:
-    """FLOPs that training adapters on frozen weights needs by the padded shapes, whatever a contestant saves or wastes.
+    """FLOPs that a step with adapters on frozen weights needs for the padded shapes, the same for all contestants.
 
-    Forward and gradient of the input through the six linear layers, and forward and backward of the two products of
-    content attention; adapters and position terms are left out.
+    They are those of forward and input gradient through the six linear layers, and of forward and backward of the two
+    products of content attention. Adapters and position terms are left out.
     """
     hidden, layers, _, intermediate = SHAPES[o.shape]
     tokens = o.batch * o.length
@@ -379,7 +387,7 @@ def model_flops(o: argparse.Namespace) -> float:
 
 
 def machine(o: argparse.Namespace) -> dict[str, Any]:
-    """Hardware, versions, commit, date."""
+    """Facts about the measurement: date, commit, command, hardware and versions."""
     facts = {
         "date": date.today().isoformat(),
         "commit": git_commit(),
@@ -396,7 +404,7 @@ def machine(o: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record's results, a line a contestant."""
+    """The results of a record as a table with a line for each contestant."""
     columns = ["contestant", "step ms", "quartiles", *(f"{p} ms" for p in PARTS), "to peft", "to frozen", "tokens/s"]
     columns += ["matmul", "ops", "kernels", "syncs", "peak MB"]
 
@@ -417,7 +425,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def variations(o: argparse.Namespace) -> Iterator[argparse.Namespace]:
-    """What --scaling or --gpu-suite runs, or `o` alone."""
+    """The settings that --scaling or --gpu-suite measure; otherwise `o` alone."""
 
     def vary(**changes: Any) -> argparse.Namespace:
         return argparse.Namespace(**(vars(o) | changes))
@@ -448,7 +456,7 @@ def variations(o: argparse.Namespace) -> Iterator[argparse.Namespace]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags -> settings, with the device and the list of contestants filled in."""
+    """Read the flags into settings, with the device and the list of contestants."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="deberta-v3-base")
     parser.add_argument("--layers", type=int, help="number of layers, instead of the shape's own")
@@ -498,16 +506,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         o.device = torch.device(o.device)
         torch.empty(1, device=o.device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a build of torch without that device
+    except (RuntimeError, AssertionError) as error:  # the name is unknown, or torch was built without the device
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {o.device} is none that this torch can use ({reason}): try cpu or cuda.") from error
+        raise InputError(f"--device {o.device} cannot be used by this torch ({reason}): try cpu or cuda.") from error
     if o.output and o.output.is_dir():
         raise InputError(f"--output {o.output} is a folder: give the name of the JSON file to write.")
     return o
 
 
 def profile(o: argparse.Namespace) -> str:
-    """Table of the operators that the first contestant spends its step in."""
+    """A table of the operators in a step of the first contestant, by time."""
     from torch.profiler import profile as recording
 
     contestant, batch = Contestant(o.contestants[0], build(o).to(o.device), o), make_batch(o)
@@ -522,13 +530,13 @@ def profile(o: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print, and write the file after every setting, so that a lost machine loses one at most."""
+    """Measure, print, and write the file after every setting, so that a lost machine costs one setting at most."""
     o = parse(argv)
     report: dict[str, Any] = {"machine": machine(o), "records": []}
     for setting in variations(o):
         try:
             record = measure(setting)
-        except RuntimeError as error:  # out of memory, or a compiler that fails: the other settings still count
+        except RuntimeError as error:  # memory ran out or the compiler failed; the other settings still count
             if not (o.scaling or o.gpu_suite):
                 raise
             record = {"settings": {k: str(v) for k, v in vars(setting).items()}, "error": str(error)[:500]}

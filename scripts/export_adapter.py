@@ -1,4 +1,4 @@
-"""Export a trained adapter: to this project's folder with true ranks, to Hugging Face PEFT, or merged into the model.
+"""Export a trained adapter as plain factors of its true ranks, for Hugging Face PEFT, or merged into the model.
 
     python scripts/export_adapter.py RUN_DIR --to peft|lora|merged [--out DIR]
 
@@ -22,7 +22,7 @@ from loralib.layers import LoRALinear
 
 
 def layer_class(where: str) -> type[LoRALinear]:
-    """The class of `FILE.py:CLASS`; the file is run, as importing it would."""
+    """Load the class of `FILE.py:CLASS`. This executes the file."""
     file, _, name = where.rpartition(":")
     if not Path(file).is_file():
         raise InputError(f"--layer {where} names no file: write FILE.py:CLASS.")
@@ -37,13 +37,13 @@ def layer_class(where: str) -> type[LoRALinear]:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Export and return the folder that was written."""
+    """Export an adapter, and return the folder that was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN_DIR", help="output folder of a run, a checkpoint, or an exported folder")
     parser.add_argument("--to", required=True, choices=["peft", "lora", "merged"], help="what to write")
     parser.add_argument("--out", help="where to write it; default: RUN_DIR-peft, RUN_DIR-lora or RUN_DIR-merged")
-    parser.add_argument("--base", help="the base model, where it is not found under the name that the run recorded")
-    parser.add_argument("--layer", help="FILE.py:CLASS of a layer of your own, for merged: that file is executed")
+    parser.add_argument("--base", help="the base model, if it is no longer where the run found it")
+    parser.add_argument("--layer", help="FILE.py:CLASS of your own layer, for merged; the file is executed")
     args = parser.parse_args(argv)
     if args.layer and args.to != "merged":
         raise InputError(f"--layer is for --to merged, here it is --to {args.to}.")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     else:
         from transformers.utils import logging
 
-        logging.set_verbosity_error()  # a report of the head that is replaced in any case would only worry
+        logging.set_verbosity_error()  # a warning about the head would mislead, because it is replaced
         logging.disable_progress_bar()
         export_merged(run, out, args.base, layer_class(args.layer) if args.layer else None)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

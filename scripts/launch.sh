@@ -1,21 +1,21 @@
-# Sourced by the task scripts (cola.sh, mnli.sh, ...), which name each method's settings; here is what they share.
+# Sourced by the task scripts (cola.sh, mnli.sh, ...). They hold the settings of each method; this file holds the rest.
 #
 #   bash scripts/TASK.sh METHOD [FLAGS...]
 #
-# METHOD: lora, lora-orth, adalora, sora, rm-lora-v1, rm-lora-v2, full; `all` runs these one after the other; or the path
-# of an entry point of your own, which gets the data, seed, batch and folder below and FLAGS, nothing else. With
-# `--like METHOD` first among FLAGS it also gets --apply_lora and the task's settings of that method.
-# FLAGS override what the script says. From the environment:
+# METHOD: lora, lora-orth, adalora, sora, rm-lora-v1, rm-lora-v2 or full; `all` runs these one after the other. It may also
+# be the path of your own entry point, which gets the data, seed, batch and folder below, and FLAGS. If `--like METHOD`
+# stands first among FLAGS, it also gets --apply_lora and the task's settings of that method.
+# FLAGS override the settings of the script. These variables of the environment are read:
 #   MODEL   folder or hub name of the model (default microsoft/deberta-v3-base)
-#   DATA    folder with the task's data, or with a folder a task; without it the data come from the hub
+#   DATA    folder with the task's data, or with a folder for each task; without it the data come from the hub
 #   OUTPUT  base folder (default output/ in the clone); the run is in OUTPUT/TASK/METHOD/seedSEED
 #   SEED    default 42
-#   PYTHON  interpreter; without it the active environment if the project is installed there, else the clone's .venv
-#   CUDA_VISIBLE_DEVICES  the GPUs to use, one process each (NPROC: another number of processes)
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  several machines, as torchrun knows them
+#   PYTHON  interpreter; by default that of the active environment if the project is installed there, else of .venv
+#   CUDA_VISIBLE_DEVICES  the GPUs to use, with one process for each (NPROC: another number of processes)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  for several machines, as in torchrun
 #   DRY_RUN=1  print the command and stop
 #
-# The same command again goes on from the last checkpoint, or says that the run is finished.
+# If the same command is given again, the run goes on from its last checkpoint; a finished run is left alone.
 # shellcheck shell=bash
 set -euo pipefail
 # shellcheck source=scripts/setup_env.sh
@@ -32,14 +32,14 @@ declare -A named=([lora]="--apply_lora --lora_type frd" [lora-orth]="--apply_lor
     [adalora]="--apply_lora --lora_type svd --apply_adalora" [sora]="--apply_lora --train_sparse"
     [rm-lora-v1]="--apply_lora --lora_type v1" [rm-lora-v2]="--apply_lora --lora_type v2" [full]="")
 
-# What every method of every task gets. Evaluation once an epoch; checkpoints at every 500th step, from which a run that
-# was cut off goes on.
+# Flags of every method of every task: an evaluation in each epoch, and a checkpoint at every 500th step, from which an
+# interrupted run goes on.
 common=(--do_train --do_eval --eval_strategy epoch --logging_steps 50 --report_to tensorboard
     --save_strategy steps --save_steps 500 --save_total_limit 2
     --lora_module "query,key,value,intermediate,layer.output,attention.output") # AdaLoRA section 4: all of a layer
 
-# value_of NAME DEFAULT FLAGS...: what the last --NAME among FLAGS says (True for a bare one), else DEFAULT. As for the
-# entry points, dashes are underscores and a name may be cut short; what is too short to be clear, they refuse.
+# value_of NAME DEFAULT FLAGS...: the value of the last --NAME among FLAGS (True without a value), otherwise DEFAULT. As in
+# the entry points, dashes count as underscores and names may be abbreviated. Ambiguous names are refused there.
 value_of() {
     local name="$1" value="$2" word
     shift 2
@@ -61,7 +61,7 @@ value_of() {
     echo "$value"
 }
 
-# is_on VALUE: whether the value of a switch means yes, as the entry points read it.
+# is_on VALUE: whether the entry points read the value of a switch as yes.
 is_on() {
     [[ "$1" =~ ^([Tt][Rr][Uu][Ee]|[Tt]|[Yy][Ee][Ss]|[Yy]|[Oo][Nn]|1)$ ]]
 }
@@ -87,7 +87,7 @@ shown() {
     echo
 }
 
-# Number of visible GPUs; 0 with --use_cpu among the flags.
+# Prints the number of visible GPUs, or 0 if --use_cpu is among the flags.
 gpus() {
     local -a ids=()
     if is_on "$(value_of use_cpu "$(value_of no_cuda False "$@")" "$@")"; then
@@ -100,8 +100,8 @@ gpus() {
     echo "${#ids[@]}"
 }
 
-# finished FOLDER: whether it holds the results of a finished run. A run.json is written whole or not at all; a file that
-# was cut short by other means is no result.
+# finished FOLDER: whether it holds the results of a finished run. A run.json is written whole or not at all. If anything
+# else has cut it short, it does not count.
 finished() {
     tail -n 1 "$1/run.json" 2>/dev/null | grep -q '^}' && grep -q '^  "status": "finished"' "$1/run.json"
 }
@@ -140,7 +140,7 @@ run() { # METHOD FLAGS...
     share="$((count * nodes))"
     accumulate="$(value_of gradient_accumulation_steps 1 "$@")"
     if [[ -z "$(value_of per_device_train_batch_size "" "$@")" ]]; then
-        # the effective batch stays what the source says, and with it what step-based settings mean
+        # The effective batch stays that of the source, so that settings in steps keep their meaning.
         ((batch % (share * accumulate) == 0)) ||
             die "the batch of $batch that $task's $method is trained with does not divide by $share processes x" \
                 "$accumulate accumulated batches: choose GPUs (CUDA_VISIBLE_DEVICES) or --gradient_accumulation_steps" \
@@ -156,7 +156,7 @@ run() { # METHOD FLAGS...
     overwrite="$(value_of overwrite_output_dir False "$@")"
 
     if ((share > 1)); then
-        ((visible > 0)) || own+=(--use_cpu) # else each process would train alone
+        ((visible > 0)) || own+=(--use_cpu) # otherwise each process would train alone
         launcher=(-m torch.distributed.run --nproc_per_node "$count")
         if ((nodes > 1)); then
             [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] ||
@@ -168,13 +168,13 @@ run() { # METHOD FLAGS...
         fi
     fi
 
-    # Else the entry point decides whether it goes on, starts anew or refuses the folder.
+    # Of any other folder the entry point decides whether the run goes on, starts anew or is refused.
     if ! is_on "$overwrite" && finished "$output"; then
         echo "$output holds a finished run: nothing to do, whatever the flags (--overwrite_output_dir runs it anew)."
         return
     fi
 
-    # later flags win
+    # Later flags win.
     local -a call=(${launcher[@]+"${launcher[@]}"} "$entry" "${common[@]}" ${flags[@]+"${flags[@]}"} "${own[@]}" "$@")
     if [[ "${DRY_RUN:-0}" != 0 ]]; then
         shown "${PYTHON:-python}" "${call[@]}"
@@ -185,7 +185,7 @@ run() { # METHOD FLAGS...
     else
         setup_env .venv "" constraints.txt
     fi
-    exec "$python" "${call[@]}" # in place of this shell: signals reach the run itself
+    exec "$python" "${call[@]}" # exec, so that signals reach the run itself
 }
 
 launch() {

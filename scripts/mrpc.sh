@@ -3,13 +3,13 @@
 #
 # AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
 # RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
-# "not stated": the source of the method is silent on this task; what stands after it is where the value is from.
+# "not stated": the source of the method gives no value for this task; the words behind it say where it is from.
 # launch.sh knows each method's entry point and the flags that name it.
 # shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-# LoRA and AdaLoRA share these: they are AdaLoRA's, and LoRA's source states none.
+# LoRA and AdaLoRA share these values of AdaLoRA, because LoRA's source states none.
 shared=(
     --learning_rate 1e-3  # AdaLoRA Table 8
     --num_train_epochs 30 # AdaLoRA Table 8
@@ -43,8 +43,8 @@ settings() { # METHOD
         "${shared[@]}") ;;
     sora)
         # RM-LoRA's README trains SoRA on MRPC with r 16, alpha 32, sparse_lambda 0, sparse_lambda_2 5e-3 and 5 epochs
-        # (the quickstart's settings). There each step's threshold exceeds the learning rate, so that a gate which starts
-        # below 575 steps x 5e-3 = 2.9 ends at 0 and stays there: SoRA's own scripts are followed instead.
+        # (the quickstart's settings). But that threshold exceeds the learning rate in every step, so that a gate that starts
+        # below 575 steps x 5e-3 = 2.9 ends at 0 and stays there. So this script follows SoRA's own scripts instead.
         flags=(
         --lora_r 8             # not stated: SoRA's STS-B script
         --lora_alpha 16        # not stated: SoRA's STS-B script

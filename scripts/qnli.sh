@@ -3,13 +3,13 @@
 #
 # AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
 # RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
-# "not stated": the source of the method is silent on this task; what stands after it is where the value is from.
+# "not stated": the source of the method gives no value for this task; the words behind it say where it is from.
 # launch.sh knows each method's entry point and the flags that name it.
 # shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-# LoRA, AdaLoRA and RM-LoRA share these: they are AdaLoRA's, and the sources of the others state none for this task.
+# LoRA, AdaLoRA and RM-LoRA share these values of AdaLoRA, because the sources of the others state none for this task.
 shared=(
     --learning_rate 1.2e-3 # AdaLoRA Table 8
     --num_train_epochs 5   # AdaLoRA Table 8

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# bash scripts/quickstart.sh [FLAGS]: sets up, fine-tunes with LoRA, AdaLoRA, SoRA, RM-LoRA v1 and v2, prints one table.
+# bash scripts/quickstart.sh [FLAGS]: fine-tunes with LoRA, AdaLoRA, SoRA, RM-LoRA v1 and v2, and prints one table.
 #
-# Without flags: the embedded tiny DeBERTa-v3 on generated pairs in MRPC's format, without network, under 4 minutes on two
-# cores. Flags go to the three entry points; a flag for the model or the data replaces the embedded model or data:
+# Without flags it trains the embedded tiny DeBERTa-v3 on generated pairs in MRPC's format, without network, in less than 4
+# minutes on two cores. Flags go to the entry points. A flag for the model or the data replaces the embedded one:
 #   bash scripts/quickstart.sh --model_name_or_path microsoft/deberta-v3-base --task_name mrpc
-# --output_dir DIR holds one folder a method (default output/quickstart, or output/MODEL-DATA for a model or data of yours).
+# --output_dir DIR gets a folder for each method (default output/quickstart, or output/MODEL-DATA for other models or data).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -47,13 +47,13 @@ if [[ -z "$own_model" || -z "$own_data" ]]; then
 fi
 if [[ -z "$own_model$own_data" ]]; then
     base="${base:-$root/output/quickstart}"
-    # A tiny model and few rows want a larger learning rate than the paper's, more epochs, a softer threshold, and phases of
-    # AdaLoRA that fit into one epoch of 32 steps. What an earlier quickstart left is replaced.
+    # A tiny model and few rows need a larger learning rate than the paper's, more epochs, a lower threshold, and phases of
+    # AdaLoRA that fit into epochs of 32 steps. The files of an earlier quickstart are replaced.
     common+=(--learning_rate 5e-3 --num_train_epochs 8 --max_seq_length 40 --overwrite_output_dir)
     sparse_lambda_2=0.002 warmup=10
-    export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # on tensors this small threads only wait for each other
+    export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # with tensors this small, threads only wait for each other
 else
-    # The settings of the paper's commands. A run that was cut off goes on from its last checkpoint.
+    # These are the settings of the paper's commands. An interrupted run goes on from its last checkpoint.
     base="${base:-$root/output/$(basename "${own_model:-deberta-v3-tiny}")-$(basename "${own_data:-embedded}")}"
     common+=(--learning_rate 1e-3 --num_train_epochs 5 --max_seq_length 128)
     sparse_lambda_2=0.005 warmup=50

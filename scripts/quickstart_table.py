@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 HEADER = ("method", "trainable", "remaining", "rank", "accuracy", "F1", "majority", "seconds")
-# The score that stands in the accuracy column, first that a run has; GLUE's own for tasks without accuracy.
+# The accuracy column shows the first of these scores that a run has; tasks without accuracy have another one.
 SCORES = ("accuracy", "matthews_correlation", "pearson", "mse")
 
 
 def majority(arguments: dict[str, Any]) -> float | None:
-    """Share of the most frequent class among the rows that a run was evaluated on; None for a regression."""
+    """The share of the most frequent class in the evaluated rows of a run; None for a regression."""
     from loralib.glue.data import load
 
     names = ("task_name", "dataset_name", "dataset_config_name", "train_file", "validation_file", "test_file")
@@ -29,7 +29,7 @@ def majority(arguments: dict[str, Any]) -> float | None:
 
 
 def row(run: dict[str, Any], baseline: float | None) -> tuple[str, ...]:
-    """One line of the table. rank is the mean over the adapted matrices of what is left."""
+    """One line of the table. `rank` is the mean of the ranks that the adapted matrices have left."""
     metrics, parameters = run["metrics"], run["parameters"]
     ranks = [module["rank"] for module in parameters["modules"].values()]
     score = next((metrics[f"eval_{name}"] for name in SCORES if f"eval_{name}" in metrics), None)
@@ -45,7 +45,7 @@ def row(run: dict[str, Any], baseline: float | None) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The header, a rule and the rows."""
+    """The table as text: header, rule and rows."""
     from loralib.report.text import aligned
 
     written = aligned([HEADER, *rows])
@@ -53,7 +53,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Prints the table and returns it."""
+    """Print the table and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     folders = parser.parse_args(argv).folders

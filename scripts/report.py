@@ -2,9 +2,9 @@
 
     python scripts/report.py output/ [--selection last|best|heldout] [--out DIR]
 
-last: the metrics at the end of the run. best: those of the evaluation with the best score, chosen and reported on the
-same rows, so biased upwards. heldout: the evaluation that is best on one half of the validation rows, with its metrics
-on the other half (runs with --heldout_split SEED). Needs numpy, pandas, scipy, safetensors, markdown, matplotlib.
+last: the metrics at the end of the run. best: those of the evaluation with the best score; they are chosen and reported
+on the same rows, and so biased upwards. heldout: the evaluation that is best on one half of the validation rows, with
+its metrics on the other half (for runs with --heldout_split SEED).
 """
 
 import sys
@@ -21,7 +21,7 @@ except ImportError as error:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Write the report and return the exit status."""
     return page.main(argv, __doc__, ROOT / "scripts" / "published.json")
 
 

@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh: finds or makes the Python environment they run in, and sets `python` to it.
-# Nothing is installed outside the clone's own .venv.
+# Sourced by other scripts. Finds or makes the Python environment in which they run, and sets `python` to it.
+# It installs packages only into environments inside of the clone.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -8,12 +8,12 @@ die() {
     exit 1
 }
 
-# The oldest Python the libraries run on is 3.11.
+# recent PYTHON: whether it is 3.11 or later, which the libraries need.
 recent() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# Is this clone's loralib installed for the interpreter $1, along with the modules named after it?
+# installed PYTHON MODULE...: whether this clone's loralib is installed there, and the modules too.
 installed() {
     "$1" -P -c '
 import importlib.metadata, importlib.util, os, sys
@@ -24,8 +24,8 @@ sys.exit(not (os.path.samefile(os.path.dirname(os.path.dirname(found)), root) an
 ' "$root" torch transformers datasets "${@:2}" 2>/dev/null
 }
 
-# setup_env VENV EXTRAS CONSTRAINTS [MODULE...]: uses the active environment if this clone is installed there with the
-# modules, else the environment VENV (made if need be) with "loralib EXTRAS" at the versions of CONSTRAINTS.
+# setup_env VENV EXTRAS CONSTRAINTS [MODULE...]: uses the active environment if this clone and the modules are installed
+# there. Otherwise it uses the environment VENV, and makes it if needed, with "loralib EXTRAS" at the versions of CONSTRAINTS.
 setup_env() {
     local venv="$root/$1" extras="$2" constraints="$3" candidate base="" stamp
     if [[ "$1" == .venv ]] && candidate="$(command -v python)" && installed "$candidate" "${@:4}"; then
@@ -34,7 +34,7 @@ setup_env() {
     fi
     unset PYTHONPATH PYTHONHOME
     python="$venv/bin/python"
-    # What was installed, from what, and where: any change of these installs anew.
+    # The stamp tells from which files and where the packages were installed. If it changes, they are installed anew.
     stamp="$(cd "$root" && cat setup.py "$constraints" | cksum) $root"
     if recent "$python" && [[ "$(cat "$venv/installed$extras" 2>/dev/null)" == "$stamp" ]]; then
         return
@@ -58,5 +58,5 @@ setup_env() {
     (cd "$root" && "$python" -m pip install -qq --disable-pip-version-check -c "$constraints" -e ".$extras") ||
         die "the installation failed, see pip's message above: when it is solved, run this again."
     echo "$stamp" >"$venv/installed$extras"
-    [[ "$extras" == "" ]] || echo "$stamp" >"$venv/installed" # an environment for the tests serves the quickstart too
+    [[ "$extras" == "" ]] || echo "$stamp" >"$venv/installed" # the quickstart can use an environment for the tests
 }

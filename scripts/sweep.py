@@ -1,11 +1,12 @@
-"""Runs tasks x methods x seeds, and a grid of flags if wanted, on Ray: each run is a task's script in its own process.
+"""Runs all combinations of tasks, methods, seeds and values of flags on Ray; each run is a task's script in a process.
 
     python scripts/sweep.py --tasks mrpc,rte --methods lora,adalora,sora --seeds 1,2,3 [--grid lora_r=4,8] [FLAGS...]
 
-Flags that are not listed here go to every run, those of --only to one method's; MODEL and DATA are read from the
-environment, as the scripts do. Every command is parsed before the first run, so a mistyped flag costs seconds. A run is
-in OUTPUT/TASK/METHOD[,NAME=VALUE...]/seedK with its output in run.log. The same command again skips finished runs and
-goes on with the others from their last checkpoints. Needs Linux, and Ray: pip install -e '.[sweep]'.
+Flags that are not listed here go to every run, those of --only to the runs of one method. MODEL and DATA are read from
+the environment, as by the scripts. Every command is parsed before the first run, so that a mistyped flag costs seconds.
+A run is in OUTPUT/TASK/METHOD[,NAME=VALUE...]/seedK, with its output in run.log. The same command, given again, skips
+finished runs and goes on with the others from their last checkpoints. It needs Linux, and Ray: pip install -e
+'.[sweep]'.
 """
 
 import sys
@@ -18,7 +19,7 @@ from loralib.sweep import command  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the sweep and return the exit status."""
     return command.main(argv, __doc__)
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# bash scripts/test.sh [--oldest | --newest] [PYTEST ARGUMENTS]: the environment with the test tools, then ruff, mypy and
-# pytest.
-# --oldest: the same with the oldest supported versions, in an environment of its own. Its torch comes with CUDA's
-#   libraries, 5 GB on disk in all, so run it by hand: before a release, and when a lower end in setup.py changes.
-# --newest: the same with the newest versions that setup.py allows, made anew at each call; as large. Run it by hand when
-#   torch or transformers have a new version. In both, ruff and mypy are left out: the pinned versions judge the code.
+# bash scripts/test.sh [--oldest | --newest] [PYTEST ARGUMENTS]: runs ruff, mypy and pytest in an environment with the test
+# tools.
+# --oldest: pytest with the oldest supported versions, in an environment of its own. Its torch comes with CUDA's libraries,
+#   5 GB on disk in all, so run it by hand: before a release, and when a lower end in setup.py changes.
+# --newest: pytest with the newest versions that setup.py allows. This environment is made anew at each call and is as
+#   large. Run it by hand when torch or transformers have a new version.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -14,7 +14,7 @@ case "${1:-}" in
     --newest)
         shift
         venv=.venv-newest constraints=/dev/null
-        rm -rf "${root:?}/$venv" # pip upgrades nothing that is there
+        rm -rf "${root:?}/$venv" # pip would not upgrade installed packages
         ;;
 esac
 setup_env "$venv" "[test]" "$constraints" pytest hypothesis ruff mypy peft trl

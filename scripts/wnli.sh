@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # bash scripts/wnli.sh METHOD [FLAGS...]: fine-tunes on WNLI, 635 training rows. Environment: see launch.sh.
 #
-# No paper here has a row for WNLI: everything below is taken over from RTE, GLUE's most similar task.
+# No paper here has a row for WNLI, so all values below are those of RTE, GLUE's most similar task.
 # AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
 # RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
-# "not stated": the source of the method is silent on this task; what stands after it is where the value is from.
+# "not stated": the source of the method gives no value for this task; the words behind it say where it is from.
 # launch.sh knows each method's entry point and the flags that name it.
 # shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-# LoRA, AdaLoRA and RM-LoRA share these: RTE's of AdaLoRA, as no source states any for WNLI.
+# LoRA, AdaLoRA and RM-LoRA share these values of AdaLoRA for RTE, because no source states any for WNLI.
 shared=(
     --learning_rate 1.2e-3 # not stated: RTE's of AdaLoRA Table 8
     --num_train_epochs 50  # not stated: RTE's of AdaLoRA Table 8
