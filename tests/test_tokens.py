@@ -15,6 +15,7 @@ from test_backbones import CONFIGS, DECODER, SIZE
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer
 
+from loralib.errors import InputError
 from loralib.glue.tasks import Task
 from loralib.glue.tokens import collator, pad_on_the_right, position_limit, row_length, tokenize
 from loralib.kernels.deberta import unpad, use_fast_attention
@@ -78,7 +79,7 @@ def test_a_row_in_a_batch_is_the_row_alone(family: str, fixed: bool, tokenizer: 
     texts = ["a", "b c d e f g h", "h g a b c", "a b c " * 20]
     rows = Dataset.from_dict({"text": texts, "label": [0, 1, 2, 0]})
     with caplog.at_level(logging.WARNING):
-        pad_on_the_right(tokenizer)
+        pad_on_the_right(tokenizer, model)
         length = row_length(38, TASK, tokenizer, model)
     assert "the tokenizer pads on the left: this run pads on the right" in caplog.text
     tokens = tokenize(rows, TASK, tokenizer, length, fixed)
@@ -90,6 +91,23 @@ def test_a_row_in_a_batch_is_the_row_alone(family: str, fixed: bool, tokenizer: 
         for i, text in enumerate(texts):
             own = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
             torch.testing.assert_close(logits[i], alone(**own).logits[0], rtol=0, atol=1e-9, msg=text)
+
+
+@pytest.mark.parametrize(("reads", "allowed"), [("last", False), ("mean", False), ("first", True)])
+def test_a_head_that_reads_padding_is_refused(reads: str, allowed: bool, tokenizer: Any) -> None:
+    """XLNet's own default is the last position of a row."""
+    config = transformers.XLNetConfig(vocab_size=60, d_model=8, n_layer=1, n_head=2, d_inner=8, summary_type=reads)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    padded = {"input_ids": torch.cat([ids, ids * 0], 1), "attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0]])}
+    with torch.no_grad():
+        same = torch.allclose(model(ids).logits, model(**padded).logits, atol=1e-6)
+    assert same == allowed
+    if allowed:
+        pad_on_the_right(tokenizer, model)
+    else:
+        with pytest.raises(InputError, match=f"head of XLNetForSequenceClassification has summary_type {reads}"):
+            pad_on_the_right(tokenizer, model)
 
 
 # ---- from a user's seat ----

@@ -93,7 +93,7 @@ def trainer_arguments(
                 f"{type(model).__name__} and {attention}: use --padding longest."
             )
 
-    pad_on_the_right(tokenizer)
+    pad_on_the_right(tokenizer, model)
     length = row_length(data_args.max_seq_length, data.task, tokenizer, model)
 
     def tokenized(split: Dataset) -> Dataset:

@@ -73,15 +73,21 @@ def _tokenizer_limit(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(min(limit, 10**30))  # infinity has no integer
 
 
-def pad_on_the_right(tokenizer: PreTrainedTokenizerBase) -> None:
+def pad_on_the_right(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """Let `tokenizer` pad behind the text, even if its file asks for the other side.
 
     The heads of encoders read the first token, and absolute positions are counted from it. Padding in front of the text
     would silently change the result of every shorter row.
 
     Raises:
-        InputError: the tokenizer has no token to pad with.
+        InputError: the tokenizer has no token to pad with, or the model's head would read padding.
     """
+    reads = getattr(getattr(model, "sequence_summary", None), "summary_type", "first")
+    if reads in ("last", "mean"):  # XLNet
+        raise InputError(
+            f"the head of {type(model).__name__} has summary_type {reads}, which reads padding too in every row "
+            "that is shorter than its batch: use another model, or one trained with summary_type first."
+        )
     if tokenizer.pad_token_id is None:
         raise InputError(
             "the tokenizer has neither a pad_token nor an eos_token, so batches cannot be padded: set one in its "
