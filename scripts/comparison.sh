@@ -9,6 +9,7 @@
 #
 # Settings, and their reasons:
 # - 3 epochs, batch 32, warm-up over 6 % of the steps, no decay, length 128: short enough for two CPU cores.
+# - bf16 and batches of rows of similar length: a run takes a third of the time that it takes without both.
 # - Rank 8, alpha 16 for all; AdaLoRA starts at 12 = 1.5 x 8, as its paper does.
 # - AdaLoRA: gamma of its paper's Table 8; t_i and t_f are the same fractions of all steps as there (CoLA: 800 and 3500
 #   of 6,700; STS-B: 800 and 2000 of 4,500); the interval of 10 steps becomes 1 for the same reason.
@@ -33,19 +34,18 @@ methods+=",full=AdaLoRA/run_glue.py"
 methods+=",peft-lora=tests/variants/peft_glue.py:--peft lora $low --lora_r 8"
 methods+=",peft-adalora=tests/variants/peft_glue.py:--peft adalora $low --lora_r 12 --target_rank 8 --mask_interval 1"
 
-only=()
+# A task is done, with its final runs, before the next one begins.
 for task in ${TASKS//,/ }; do
     case "$task" in
         cola) budget="--reg_orth_coef 0.5 --init_warmup 96 --final_warmup 420" threshold=8.4e-4 ;;
         stsb) budget="--reg_orth_coef 0.1 --init_warmup 96 --final_warmup 240" threshold=1.25e-3 ;;
         *) echo "comparison.sh: TASKS has $task: its AdaLoRA phases and SoRA threshold are not settled, only those of cola and stsb" >&2 && exit 2 ;;
     esac
-    only+=(--only "$task/adalora:$budget" --only "$task/peft-adalora:$budget" --only "$task/sora:--sparse_lambda_2 $threshold")
+    "${PYTHON:-python}" scripts/sweep.py --tasks "$task" --methods "$methods" \
+        --tune learning_rate=3e-4,1e-3,3e-3 --tune_only full:learning_rate=2e-5,5e-5,1e-4 --tune_seeds 1 --seeds 2-4 \
+        --only "adalora:$budget" --only "peft-adalora:$budget" --only "sora:--sparse_lambda_2 $threshold" \
+        --output "output/comparison-$task" --results scripts/results/comparison.jsonl --cpus_per_run 1 --gpus_per_run 0 \
+        --use_cpu --bf16 --eval_strategy epoch --num_train_epochs 3 --per_device_train_batch_size 32 \
+        --per_device_eval_batch_size 64 --train_sampling_strategy group_by_length --warmup_ratio 0.06 --max_seq_length 128 \
+        --padding longest --heldout_split 0 --logging_steps 50 --save_strategy epoch --save_total_limit 1 --report_to none "$@"
 done
-
-exec "${PYTHON:-python}" scripts/sweep.py --tasks "$TASKS" --methods "$methods" \
-    --tune learning_rate=3e-4,1e-3,3e-3 --tune_only full:learning_rate=2e-5,5e-5,1e-4 --tune_seeds 1 --seeds 2-4 "${only[@]}" \
-    --output output/comparison --results scripts/results/comparison.jsonl --cpus_per_run 1 --gpus_per_run 0 \
-    --eval_strategy epoch --num_train_epochs 3 --per_device_train_batch_size 32 --per_device_eval_batch_size 64 \
-    --warmup_ratio 0.06 --max_seq_length 128 --padding longest --heldout_split 0 --logging_steps 50 \
-    --save_strategy epoch --save_total_limit 1 --report_to none "$@"
