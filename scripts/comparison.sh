@@ -17,7 +17,8 @@
 #   |N(0, 1)|: half of the gates end at 0 if nothing pushes them. Its paper's product of threshold and steps, 4.3, cannot
 #   be had in so few steps: the threshold would exceed what Adam moves.
 # - RM-LoRA: half of the directions in each step, coefficient 0.1 (README of the release).
-# - --heldout_split 0: one half of the development set chooses, the other is reported.
+# - --heldout_split 0 and --tune_selection best: the best evaluation on one half of the development set chooses learning
+#   rate and epoch, and the other half is reported (report.py --selection heldout).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TASKS="${TASKS:-cola,stsb}"
@@ -43,7 +44,8 @@ for task in ${TASKS//,/ }; do
     esac
     "${PYTHON:-python}" scripts/sweep.py --tasks "$task" --methods "$methods" \
         --tune learning_rate=3e-4,1e-3,3e-3 --tune_only full:learning_rate=2e-5,5e-5,1e-4 --tune_seeds 1 --seeds 2-4 \
-        --only "adalora:$budget" --only "peft-adalora:$budget" --only "sora:--sparse_lambda_2 $threshold" \
+        --tune_selection best --only "adalora:$budget" --only "peft-adalora:$budget" \
+        --only "sora:--sparse_lambda_2 $threshold" \
         --output "output/comparison-$task" --results scripts/results/comparison.jsonl --cpus_per_run 1 --gpus_per_run 0 \
         --use_cpu --bf16 --eval_strategy epoch --num_train_epochs 3 --per_device_train_batch_size 32 \
         --per_device_eval_batch_size 64 --train_sampling_strategy group_by_length --warmup_ratio 0.06 --max_seq_length 128 \

@@ -58,7 +58,10 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that holds this file, "+changes" where files differ from it; None outside of git."""
+    """Commit of the checkout that holds this file, "+changes" where files differ from it; None outside of git.
+
+    Results files in scripts/results do not count: a sweep appends to one while it runs.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -68,6 +71,7 @@ def git_commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        return (git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")) or None
+        changes = git("status", "--porcelain", "-uno", "--", ".", ":(exclude)scripts/results")
+        return (git("rev-parse", "HEAD") + ("+changes" if changes else "")) or None
     except (OSError, subprocess.TimeoutExpired):
         return None
