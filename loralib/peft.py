@@ -5,8 +5,10 @@ PEFT is imported only where the model is one of PEFT's.
 """
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loralib.adapt import Factors
@@ -116,3 +118,44 @@ def _refuse_more(adapter: str, config: Any) -> None:
                 f"PEFT's adapter {adapter} has {what} ({switch}), which the methods of this project do not know: use "
                 "plain LoRA."
             )
+
+
+class PeftAllocatorState:
+    """What PEFT's own AdaLoRA allocator knows and PEFT's checkpoints lack: the importances and the ranks that are kept.
+
+    In `Method.state` it lets a run that `AdaLoraModel.update_and_allocate` prunes resume exactly.
+
+    Args:
+        tuner: the `AdaLoraModel`, which is `get_peft_model(model, config).base_model`.
+    """
+
+    KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+
+    @property
+    def _config(self) -> Any:
+        return self.tuner.peft_config[self.tuner.trainable_adapter_name]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        allocator = self.tuner.rankallocator
+        state = {f"{kind}/{name}": t for kind in self.KINDS for name, t in getattr(allocator, kind).items()}
+        kept = self._config.rank_pattern or {}
+        return state | {f"kept/{name}": torch.tensor(which, dtype=torch.bool) for name, which in kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:
+        self.restart()
+        device, kept = next(self.tuner.parameters()).device, {}
+        for key, tensor in state.items():
+            kind, _, name = key.partition("/")
+            if kind == "kept":
+                kept[name] = tensor.tolist()
+            else:
+                getattr(self.tuner.rankallocator, kind)[name] = tensor.to(device)
+        self._config.rank_pattern = kept or None
+
+    def restart(self) -> None:
+        """Forget everything, for a run that begins anew."""
+        self.tuner.rankallocator.reset_ipt()
+        self._config.rank_pattern = None

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -180,6 +181,24 @@ def test_methods_of_peft_are_peers_in_the_report(
         assert logged and all(e["loss"] == pytest.approx(e["task_loss"] + 0.25 * e["penalty"]) for e in logged)
         with pytest.raises(InputError, match=r"init_warmup 9 \+ final_warmup 2 must stay below the total of 6"):
             variant("peft_glue").main([*flags, *adalora, "--init_warmup", "9", "--output_dir", f"{tmp_path}-2"])
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_adalora_of_peft_resumes_exactly(
+    variant: Callable[[str], Any], step: int, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path
+) -> None:
+    """PEFT's checkpoints hold neither the importances (step 3) nor the ranks of the final phase (step 5)."""
+    adalora = "--peft adalora --target_rank 2 --init_warmup 1 --final_warmup 2 --mask_interval 1 --max_steps 6".split()
+
+    def weights(folder: Path) -> dict[str, Any]:
+        flags = [*_flags(tiny_model_dir, mrpc_dir, folder), *adalora, "--save_strategy", "steps", "--save_steps", "1"]
+        variant("peft_glue").main(flags)
+        return load_file(folder / "model.safetensors")
+
+    straight = weights(tmp_path / "straight")
+    shutil.copytree(tmp_path / "straight" / f"checkpoint-{step}", tmp_path / "cut" / f"checkpoint-{step}")
+    resumed = weights(tmp_path / "cut")
+    assert straight.keys() == resumed.keys() and all(torch.equal(t, resumed[name]) for name, t in straight.items())
 
 
 def test_own_loop_trains_saves_and_merges(variant: Callable[[str], Any], tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from torch import eye
 
 from loralib.adapt import backbone_of, is_head, match_modules, parameters
 from loralib.allocator import check_schedule
 from loralib.glue import arguments, flow
 from loralib.methods import Method
+from loralib.peft import PeftAllocatorState, peft_factors
+from loralib.regularizer import svd_penalty
 
 
 @dataclass
@@ -31,25 +32,24 @@ def put_in(model: Any, flags: Any) -> Method:
     if flags.peft == "adalora":  # the true number of steps follows when training begins
         own = {"target_r": flags.target_rank, "deltaT": flags.mask_interval, "total_step": sum(ends) + 1}
         config = AdaLoraConfig(init_r=flags.lora_r, tinit=ends[0], tfinal=ends[1], **own, **same)
-    tuner: Any = get_peft_model(model, config).base_model  # changes `model` itself
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in (p for name, p in model.named_parameters() if is_head(name, backbone_of(model)[0])):
-        p.requires_grad = True  # the head trains, as with every method here
+    adapted: Any = get_peft_model(model, config)  # changes `model` itself
+    trained, backbone = [p for p in model.parameters() if p.requires_grad], backbone_of(model)[0]
+    for name, p in model.named_parameters():
+        p.requires_grad |= is_head(name, backbone)  # the head trains, as with every method here
     facts = lambda: {"parameters": parameters(model) | {"lora": sum(p.numel() for p in trained)}}  # noqa: E731
     method = Method(f"peft-{flags.peft}", model, facts=facts, penalty_coef=flags.reg_orth_coef)
     if flags.peft == "adalora":
-        pairs = [p for p in trained if min(p.shape) > 1]  # A and B, not E
-        gram = lambda p: p @ p.T if len(p) == flags.lora_r else p.T @ p  # noqa: E731
-        method.penalty = lambda: sum((gram(p) - eye(flags.lora_r).to(p)).norm() for p in pairs) / len(pairs)
+        tuner, factors = adapted.base_model, peft_factors(adapted)
+        method.penalty = lambda: svd_penalty(factors.A, factors.B)  # that of AdaLoraModel.forward
         method.begin = lambda steps: check_schedule(*ends, steps) or tuner.rankallocator.set_total_step(steps)
         method.after_step = lambda step, **_: tuner.update_and_allocate(step)
+        method.state = {"peft_allocator": PeftAllocatorState(tuner)}  # PEFT's checkpoints lack it
     return method
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     classes = (arguments.ModelArguments, arguments.DataArguments, PeftArguments, arguments.GlueTrainingArguments)
     model_args, data_args, flags, training = arguments.parse(classes, argv, __doc__)
-    training.save_strategy = "no" if flags.peft == "adalora" else training.save_strategy  # its importance is not saved
     run = flow.start(training, model_args, data_args, flags, argv)
     data = flow.load_data(training, model_args, data_args)
     model, tokenizer = flow.load_model(model_args, data.task)
