@@ -1,6 +1,6 @@
 """Tables and figures from the results files (run.json) below a folder: report.md, .html, .csv, .tex and figures.
 
-    python scripts/report.py output/ [--selection last|best|heldout] [--out DIR]
+    python scripts/report.py output/ [--selection last|best|heldout] [--out DIR] [--page FILE.md]
 
 last: the metrics at the end of the run. best: those of the evaluation with the best score; they are chosen and reported
 on the same rows, and so biased upwards. heldout: the evaluation that is best on one half of the validation rows, with

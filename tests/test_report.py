@@ -498,6 +498,21 @@ def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
     choices[0]["scores"].pop()
     (tmp_path / "tuning.json").write_text(json.dumps(tuned))
     assert "unlike numbers of trials" in text_of(tmp_path)
+    tables = text_of(tmp_path).split("## Cost")[0]
+    records = (json.dumps(json.loads(f.read_text())) for f in sorted(tmp_path.rglob("run.json")))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "all.jsonl").write_text("\n".join(records))
+    (tmp_path / "alone" / "all.tuning.json").write_text(json.dumps(tuned))
+    assert report.main([str(tmp_path / "alone" / "all.jsonl"), "--out", str(tmp_path / "alone")]) == 0
+    assert (tmp_path / "alone" / "report.md").read_text().split("## Cost")[0] == tables
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n<!-- report: Chosen values -->\nold\n<!-- end of report -->\n\nAfter.\n")
+    assert report.main([str(tmp_path), "--page", str(page)]) == 0
+    chosen = tables.split("## Chosen values\n\n")[1].split("\n\n## ")[0]
+    filled = f"Before.\n\n<!-- report: Chosen values -->\n\n{chosen}\n\n<!-- end of report -->\n\nAfter.\n"
+    assert page.read_text() == filled
+    page.write_text("<!-- report: Choices -->\nold\n<!-- end of report -->\n")
+    assert report.main([str(tmp_path), "--page", str(page)]) == 2 and "old" in page.read_text()
     (tmp_path / "tuning.json").write_text("{")
     assert report.main([str(tmp_path)]) == 2
 

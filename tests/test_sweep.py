@@ -381,7 +381,13 @@ class DyingRay:
         code = self.statuses.get(seed, [0]).pop(0) if self.statuses.get(seed) else 0
         if not code:
             folder.mkdir(parents=True, exist_ok=True)
-            run = {"version": 1, "status": "finished", "task": "rte", "arguments": {"seed": seed}, "metrics": {}}
+            run = {
+                "version": 1,
+                "status": "finished",
+                "task": folder.parents[1].name,
+                "arguments": {"seed": seed},
+                "metrics": {},
+            }
             run = self.result(run, folder)
             (folder / "run.json").write_text(json.dumps(run))
         return code
@@ -479,6 +485,7 @@ def test_tuning_chooses_by_the_mean_and_runs_other_seeds(
     assert a["values"] == {"learning_rate": "2e-3"} and b["edges"] == ["learning_rate"] and a["edges"] == []
     assert [s["score"] for s in a["scores"]] == [0.601, 0.602, 0.801, 0.802, None, None]
     assert len(results.read_text().splitlines()) == 16
+    assert json.loads((tmp_path / "r.tuning.json").read_text()) == choice  # which goes where the results go
 
     # again, and on another machine: nothing is run, diverged trials included
     for again in (tmp_path / "out", tmp_path / "elsewhere"):
@@ -493,6 +500,22 @@ def test_tuning_chooses_by_the_mean_and_runs_other_seeds(
     assert code == 0 and len(ray.started) == 4 + 2  # the new value's trials, and b's final runs
     assert "the grid of b is extended by learning_rate 8e-3: the choice is made anew" in said
     assert "chosen for rte, b: learning_rate 8e-3" in said
+
+
+def test_a_tuning_of_another_task_keeps_earlier_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks or methods that a later call does not name stay in the record, unless it chooses by other rules."""
+    results = ["--results", str(tmp_path / "r.jsonl")]
+    tune(tmp_path, monkeypatch, *results)
+    first = json.loads((tmp_path / "r.tuning.json").read_text())["choices"]
+    code, _ = tune(tmp_path, monkeypatch, *results, "--tasks", "mrpc")
+    for file in (tmp_path / "r.tuning.json", tmp_path / "out" / "tuning.json"):
+        now = json.loads(file.read_text())["choices"]
+        assert code == 0 and now[:2] == first and [c["task"] for c in now] == ["rte", "rte", "mrpc", "mrpc"]
+    for flags in (["--tune_selection", "best"], ["--tune_seeds", "1"]):
+        code, _ = tune(tmp_path, monkeypatch, *results, "--tasks", "mrpc", *flags)
+        assert code == 2 and f"holds choices of rte, a, made with {flags[0]} " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

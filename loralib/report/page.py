@@ -1,6 +1,7 @@
 """The report: a page as Markdown and as HTML, a CSV file, a table for LaTeX and figures, from runs below a folder."""
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,14 +59,15 @@ def _no_formula(cell: object) -> object:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
-def report(root: Path, out: Path, selection: str, published: Path | None = None) -> Path:
+def report(root: Path, out: Path, selection: str, published: Path | None = None, pages: Sequence[Path] = ()) -> Path:
     """Read everything below `root` and write the report into `out`.
 
     Args:
         published: a file with rows of the papers to set beside the results.
+        pages: Markdown files, into which sections of the report are put where they ask for them (`fill`).
 
     Raises:
-        InputError: nothing to report.
+        InputError: nothing to report, or a page asks for a section that does not exist.
     """
     found, others = read(root)
     if not found and not others:
@@ -88,7 +90,41 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None)
     write_file(out / "report.html", webpage(text, made).encode(errors="replace"))
     write_file(out / "report.tex", latex_table(runs, selection, _models(runs)).encode(errors="replace"))
     write_csv(runs, others, selection, root, out)
+    for page in pages:
+        fill(page, text)
     return out / "report.md"
+
+
+def fill(page: Path, text: str) -> None:
+    """Put sections of the report into a page, between `<!-- report: SECTION -->` and `<!-- end of report -->`.
+
+    Args:
+        page: a Markdown file.
+        text: the report as Markdown.
+
+    Raises:
+        InputError: the page has no such marks, or names a section that the report lacks.
+    """
+    sections = dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
+    try:
+        before = page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--page {page} cannot be read ({error}).") from error
+
+    def section(found: re.Match[str]) -> str:
+        if found[1] not in sections:
+            raise InputError(
+                f"{page} asks for the section {found[1]!r} of the report, which has {', '.join(sections)}."
+            )
+        return f"<!-- report: {found[1]} -->\n\n{sections[found[1]].strip()}\n\n<!-- end of report -->"
+
+    after, count = re.subn(r"<!-- report: (.*?) -->.*?<!-- end of report -->", section, before, flags=re.DOTALL)
+    if not count:
+        raise InputError(
+            f"{page} has no place for the report: write <!-- report: Scores --> and <!-- end of report --> where its "
+            "section Scores shall stand."
+        )
+    write_file(page, after.encode())
 
 
 def _models(runs: pd.DataFrame) -> str:
@@ -213,10 +249,12 @@ def main(argv: Sequence[str] | None, description: str, published: Path) -> int:
         "--selection", choices=list(SELECTIONS), default="last", help="which evaluation of a run counts"
     )
     parser.add_argument("--out", type=Path, help="where to write (default: that folder, or the file's)")
+    parser.add_argument("--page", type=Path, action="append", default=[], dest="pages",
+                        help="a Markdown file whose marked parts are filled (docs/sweeps.md)")  # fmt: skip
     args = parser.parse_args(argv)
     default = args.folder.parent if args.folder.is_file() else args.folder
     try:
-        print(report(args.folder, args.out or default, args.selection, published))
+        print(report(args.folder, args.out or default, args.selection, published, args.pages))
     except InputError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2

@@ -13,13 +13,20 @@ from loralib.report.tables import escape, percent, table
 TUNING_FILE = "tuning.json"
 
 
+def file_beside(results: Path) -> Path:
+    """The record of a tuning beside a compact results file: FILE.tuning.json for FILE.jsonl."""
+    return results.with_suffix(f".{TUNING_FILE}")
+
+
 def read_tuning(root: Path) -> dict[str, Any] | None:
     """The record of the tuning beside the runs; None where nothing was tuned.
 
     Raises:
         InputError: it is cut short or not one of this project's.
     """
-    file = (root if root.is_dir() else root.parent) / TUNING_FILE
+    file = root / TUNING_FILE if root.is_dir() else file_beside(root)
+    if not root.is_dir() and not file.exists():
+        file = root.parent / TUNING_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         for choice in found["choices"]:

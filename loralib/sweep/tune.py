@@ -28,7 +28,6 @@ from loralib.sweep.plan import (
 )
 from loralib.sweep.records import Done
 
-CHOICE_FILE = "tuning.json"
 Grid = dict[str, list[str]]
 
 
@@ -43,9 +42,12 @@ class Tuning:
     trials: dict[tuple[str, str, Point, int], Job]  # by task, arm, point and seed
 
     @property
-    def file(self) -> Path:
-        """The file of the choices."""
-        return Path(self.args.output).absolute() / CHOICE_FILE
+    def files(self) -> list[Path]:
+        """Where the choices are recorded: in the output folder, and beside the compact results file."""
+        from loralib.report.tuning import TUNING_FILE, file_beside  # imports large libraries
+
+        beside = [file_beside(self.args.results)] if self.args.results else []
+        return [Path(self.args.output).absolute() / TUNING_FILE, *beside]
 
     def points(self, arm: Arm) -> list[Point]:
         """The points of a method's grid, in the order of the flags."""
@@ -72,8 +74,7 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
 
     Raises:
         InputError: a grid cannot be read, methods have different numbers of trials, or a seed is both for tuning and
-        for
-            final runs.
+            for final runs.
     """
     check_tasks(args.tasks)
     arms = read_arms(args.methods)
@@ -111,37 +112,69 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
     }
     check_folders(list(trials.values()))
     tuning = Tuning(args, arms, grids, own, trials)
-    compare_with_earlier(tuning)
+    for file in tuning.files:
+        compare_with_earlier(tuning, file)
     return tuning
 
 
-def compare_with_earlier(tuning: Tuning) -> None:
-    """Print how a grid extends that of an earlier call in this folder.
+def read_earlier(file: Path) -> dict[str, Any] | None:
+    """The record that an earlier call wrote, or None.
 
     Raises:
-        InputError: a value or seed was tried earlier and is no longer named.
+        InputError: it is cut short or not a record.
     """
     try:
-        earlier = json.loads(tuning.file.read_text(encoding="utf-8"))
-        choices, seeds = earlier["choices"], earlier["tune_seeds"]
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        for choice in earlier["choices"]:
+            _ = choice["task"], choice["method"], [dict(score["values"]) for score in choice["scores"]]
+        return {**earlier, "tune_seeds": list(earlier["tune_seeds"]), "selection": earlier["selection"]}
     except FileNotFoundError:
-        return
+        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{tuning.file} is no record of a tuning: remove it, or name another --output.") from error
-    gone = sorted(set(seeds) - set(tuning.args.tune_seeds))
+        raise InputError(f"{file} is no record of a tuning: remove it, or name another --output.") from error
+
+
+def kept(tuning: Tuning, earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The earlier choices for tasks and methods that are not part of this call."""
+    now = set(itertools.product(tuning.args.tasks, (arm.name for arm in tuning.arms)))
+    return [c for c in (earlier or {}).get("choices", []) if (c["task"], c["method"]) not in now]
+
+
+def compare_with_earlier(tuning: Tuning, file: Path) -> None:
+    """Print how a grid extends that of an earlier call.
+
+    Raises:
+        InputError: a value or seed was tried earlier and is no longer named, or choices of other tasks or methods
+            were made otherwise.
+    """
+    earlier = read_earlier(file)
+    if earlier is None:
+        return
+    args = tuning.args
+    for flag, before, now in (
+        ("--tune_selection", earlier["selection"], args.tune_selection),
+        ("--tune_seeds", sorted(earlier["tune_seeds"]), sorted(args.tune_seeds)),
+    ):
+        if before != now and (others := kept(tuning, earlier)):
+            raise InputError(
+                f"{file} holds choices of {others[0]['task']}, {others[0]['method']}, made with {flag} {before}, and "
+                f"{now} is asked for: name these tasks and methods too, or another --output."
+            )
+    gone = sorted(set(earlier["tune_seeds"]) - set(args.tune_seeds))
     if gone:
         raise InputError(
-            f"{tuning.file} holds trials of the tuning seed {gone[0]}, which --tune_seeds does not name any more: name "
-            "it too, or another --output."
+            f"{file} holds trials of the tuning seed {gone[0]}, which --tune_seeds does not name any more: name it "
+            "too, or another --output."
         )
     for arm in tuning.arms:
-        tried = [dict(s["values"]) for c in choices if c["method"] == arm.name for s in c["scores"]]
+        of_arm = [c for c in earlier["choices"] if c["method"] == arm.name and c["task"] in args.tasks]
+        tried = [dict(s["values"]) for c in of_arm for s in c["scores"]]
         asked = [dict(point) for point in tuning.points(arm)]
         lost = [values for values in tried if values not in asked]
         if lost:
             raise InputError(
-                f"{tuning.file} holds trials of {arm.name} with {_words(lost[0])}, which --tune does not name any "
-                "more: name it too, which extends the grid, or another --output."
+                f"{file} holds trials of {arm.name} with {_words(lost[0])}, which --tune does not name any more: name "
+                "it too, which extends the grid, or another --output."
             )
         new = [values for values in asked if values not in tried] if tried else []
         if new:
@@ -153,7 +186,9 @@ def _words(values: Mapping[str, str]) -> str:
 
 
 def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
-    """Choose the best value of each task and method, and write the choices with all scores to tuning.json.
+    """Choose the best value of each task and method, and record the choices with all scores.
+
+    Earlier choices for other tasks and methods stay in the record.
 
     A diverged trial counts and has the worst score. Of equal means, the first in the order of the grid is chosen.
 
@@ -196,11 +231,12 @@ def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
             "scores": scores,
         })  # fmt: skip
     args = tuning.args
-    tuning.file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(tuning.file, {
-        "version": 1, "selection": args.tune_selection, "tune_seeds": args.tune_seeds, "seeds": args.seeds,
-        "choices": choices,
-    })  # fmt: skip
+    for file in tuning.files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {
+            "version": 1, "selection": args.tune_selection, "tune_seeds": args.tune_seeds, "seeds": args.seeds,
+            "choices": [*kept(tuning, read_earlier(file)), *choices],
+        })  # fmt: skip
     return choices
 
 
