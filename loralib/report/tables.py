@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,21 @@ def main_table(runs: pd.DataFrame) -> str:
     return table(header, rows)
 
 
+# Settings that do nothing while a switch is off.
+NEEDS = {
+    "apply_lora": ("lora_type", "reg_orth_coef"),
+    "apply_adalora": ("target_rank", "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1",
+                      "beta2"),
+    "train_sparse": ("sparse_lambda", "sparse_lambda_2"),
+}  # fmt: skip
+
+
+def _in_use(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those whose switch is off, and without --apply_lora, which r says."""
+    idle = {name for switch, names in NEEDS.items() if settings.get(switch) is False for name in names}
+    return {name: value for name, value in settings.items() if name not in idle | {"apply_lora"}}
+
+
 SHOWN = {"learning_rate": "learning rate", "num_train_epochs": "epochs", "lora_r": "r", "lora_alpha": "alpha"}
 
 
@@ -111,7 +126,7 @@ def settings_table(runs: pd.DataFrame) -> str:
     """
     rows = []
     for task, part in runs.groupby("task", sort=False):
-        settings = {name: of["run"].iloc[0].settings for _, name, of in by_method(part)}
+        settings = {name: _in_use(of["run"].iloc[0].settings) for _, name, of in by_method(part)}
         every = dict.fromkeys(key for found in settings.values() for key in found)
         unlike = [k for k in every if k not in (*SHOWN, "effective_batch", "train_file", "validation_file")
                   and len({brief(found.get(k)) for found in settings.values()}) > 1]  # fmt: skip
