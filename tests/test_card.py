@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +16,11 @@ from loralib.glue.card import MARK, card_text, write_card
 
 
 class Hub:
-    """Stands for the hub: repositories made, and the files of each upload with their contents' sizes."""
+    """Stands for the hub: repositories made, and the files of each upload with their contents."""
 
     def __init__(self) -> None:
         self.made: list[str] = []
-        self.uploads: list[dict[str, int]] = []
+        self.uploads: list[dict[str, bytes]] = []
         self.down = False
 
     def create_repo(self, repo_id: str, **kwargs: Any) -> SimpleNamespace:
@@ -30,13 +29,12 @@ class Hub:
         self.made.append(repo_id)
         return SimpleNamespace(repo_id=f"me/{repo_id.rpartition('/')[2]}")
 
-    def upload_folder(self, *, repo_id: str, folder_path: str, allow_patterns: list[str], **kwargs: Any) -> None:
+    def upload_folder(self, *, repo_id: str, folder_path: str, **kwargs: Any) -> None:
         if self.down:
             raise ConnectionError("no route\nto the hub")
         assert repo_id.startswith("me/") and kwargs.get("token") == "secret"
-        files = {str(p.relative_to(folder_path)): p for p in Path(folder_path).rglob("*") if p.is_file()}
-        sent = [name for name in files if any(fnmatch(name, pattern) for pattern in allow_patterns)]
-        self.uploads.append({name: files[name].stat().st_size for name in sent})
+        files = [p for p in Path(folder_path).rglob("*") if p.is_file()]
+        self.uploads.append({str(p.relative_to(folder_path)): p.read_bytes() for p in files})
 
 
 @pytest.fixture
@@ -135,7 +133,9 @@ def test_a_users_data_are_named_without_their_folder(call: Any, tmp_path: Path) 
     assert result.dataset_name == "classification, read from reviews.csv (local)"
 
 
-def test_the_finished_adapter_is_sent_once_and_no_backbone_or_checkpoint(call: Any, hub: Hub, tmp_path: Path) -> None:
+def test_the_finished_adapter_is_sent_once_and_no_backbone_or_checkpoint(
+    call: Any, hub: Hub, tmp_path: Path, tiny_model_dir: Path
+) -> None:
     call(push_to_hub=True, hub_token="secret", hub_model_id="me/lora-mrpc")
     assert set(hub.made) == {"me/lora-mrpc"} and len(hub.uploads) == 1
     sent = hub.uploads[0]
@@ -143,7 +143,14 @@ def test_the_finished_adapter_is_sent_once_and_no_backbone_or_checkpoint(call: A
     assert any(name.startswith("tokenizer") for name in sent)
     assert not [name for name in sent if "/" in name or "model.safetensors" in name or name.endswith((".bin", ".pt"))]
     run = tmp_path / "run"
-    assert not [name for name in sent if b"secret" in (run / name).read_bytes()]
+    assert not [name for name, content in sent.items() if b"secret" in content]
+    # of paths on this machine the last names are sent; the files here keep the paths, which loading and resuming use
+    assert not [name for name, content in sent.items() if str(tmp_path.parent).encode() in content]
+    here, there = (json.loads(c) for c in ((run / "adapter.json").read_bytes(), sent["adapter.json"]))
+    assert here["base_model"] == str(tiny_model_dir) and there == here | {"base_model": tiny_model_dir.name}
+    here, there = (json.loads(c) for c in ((run / "run.json").read_bytes(), sent["run.json"]))
+    assert here["arguments"]["output_dir"] == str(run) and there["arguments"]["output_dir"] == "run"
+    assert {*there["command"]} & {"run", "mrpc"} and there["metrics"] == here["metrics"]
     assert "--hub_token ..." in (run / "README.md").read_text()
     # what else may lie in the folder stays at home
     shutil.copy(run / "adapter.safetensors", run / "model.safetensors")

@@ -519,7 +519,7 @@ def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_settings_that_do_nothing_are_not_shown(tmp_path: Path) -> None:
-    """A flag whose switch is off is no setting of a method: full fine-tuning has no lora_type, LoRA no mask_interval."""
+    """A flag whose switch is off is not shown: full fine-tuning has no lora_type, LoRA no mask_interval."""
     own = {"lora_type": "frd", "reg_orth_coef": 0.0, "mask_interval": 10, "lora_module": "query"}
     make_run(tmp_path / "full", "full", arguments={"apply_lora": False, "apply_adalora": False, **own})
     make_run(tmp_path / "lora", "lora", arguments={"apply_lora": True, "apply_adalora": False, **own})

@@ -6,13 +6,15 @@ import math
 import os
 import re
 import shlex
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE
-from loralib.adapters.writing import write_file
+from loralib.adapters.writing import write_file, write_json
 from loralib.errors import InputError, RunError
 from loralib.glue.record import RUN_FILE
 from loralib.glue.tasks import GLUE
@@ -242,17 +244,42 @@ def push(trainer: Any) -> None:
     wanted = {"checkpoint": steps[-1:], "all_checkpoints": steps}.get(strategy, [])
     names += [f"checkpoint-{step}/*" for step in wanted]
     try:
-        HfApi().upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=folder,
-            commit_message="Trained adapter" if trainer.adapter is not None else "Trained model",
-            allow_patterns=names,
-            token=args.hub_token,
-            revision=args.hub_revision,
-        )
+        with tempfile.TemporaryDirectory() as public:
+            _gather(folder, names, Path(public))
+            HfApi().upload_folder(
+                repo_id=trainer.hub_model_id,
+                folder_path=public,
+                commit_message="Trained adapter" if trainer.adapter is not None else "Trained model",
+                token=args.hub_token,
+                revision=args.hub_revision,
+            )
     except Exception as error:
         raise RunError(
             f"the run is complete in {folder}, but the upload to {trainer.hub_model_id} failed "
-            f"({' '.join(str(error).split())[:200]}): 'hf upload {trainer.hub_model_id} {folder}' sends it later."
+            f"({' '.join(str(error).split())[:200]}): 'hf upload {trainer.hub_model_id} {folder}' sends it later, with "
+            "all other files there, and with the paths of this machine that they hold."
         ) from error
     logger.info("sent to the hub: %s", trainer.hub_model_id)
+
+
+def _gather(folder: Path, patterns: Sequence[str], public: Path) -> None:
+    """Fill a folder with what is sent: links to the files, and copies of those that would show paths of this machine.
+
+    A checkpoint is sent as it is, because its checksums cover each byte.
+    """
+    for file in (file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+        place = public / file.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
+        if place.parent == public and file.name in (RUN_FILE, ADAPTER_CONFIG):
+            write_json(place, _without_paths(json.loads(file.read_text(encoding="utf-8"))))
+        else:
+            place.symlink_to(file.absolute())
+
+
+def _without_paths(value: Any) -> Any:
+    """A JSON value in which each path is replaced as in the card's command; label names stay as they are."""
+    if isinstance(value, dict):
+        return {key: v if key == "label_names" else _without_paths(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(v) for v in value]
+    return _without_folders(value) if isinstance(value, str) else value
