@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from loralib.adapt import adapt, is_lora, put_layers
-from loralib.adapters.exports import base_model, check_shapes, folded, language_model, other_base, read_run
+from loralib.adapters.exports import (
+    base_model,
+    check_shapes,
+    folded,
+    language_model,
+    other_base,
+    read_run,
+    tokenizer_folder,
+)
 from loralib.adapters.own import load_adapter, load_trained
 from loralib.adapters.peft import PEFT_CONFIG, read_peft
 from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json, read_number
@@ -131,10 +139,10 @@ def _tokenizer(folder: Path, name: str, revision: str | None, model: Any) -> Any
     """Load the tokenizer of the folder, of the run to which a checkpoint belongs, or of the base model."""
     from transformers import AutoTokenizer
 
-    places = [place for place in (folder, folder.parent) if (place / "tokenizer_config.json").is_file()]
-    source = str(places[0]) if places else os.path.expanduser(name)
+    place = tokenizer_folder(folder)
+    source = str(place or os.path.expanduser(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=None if places else revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=None if place else revision)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no tokenizer loads from {folder} or {source} ({type(error).__name__}).") from error
     if tokenizer.pad_token is None:  # base models of decoders lack it; the run's own tokenizer has it

@@ -1,5 +1,6 @@
 """Exports adapters: folded into plain factors, or merged into the weights of an ordinary checkpoint."""
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from loralib.layers import DIAGONALS, START, LoRALinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def read_run(folder: str | Path) -> Adapter:
@@ -94,9 +97,35 @@ def export_lora(run: str | Path, out: str | Path) -> None:
 
 
 def copy_config(adapter: Adapter, folder: Path) -> None:
-    """Copy the run's config.json, if there is one: it holds the labels and the head's shape, which merging needs."""
+    """Copy the run's config.json and tokenizer, if there are any.
+
+    The config holds the labels and the head's shape, which merging needs. Without the tokenizer beside it, transformers
+    would make an empty one from this config, without a word, and every word of a text would be unknown.
+    """
     if (adapter.source / "config.json").is_file():
         shutil.copyfile(adapter.source / "config.json", folder / "config.json")
+    if place := tokenizer_folder(adapter.source):
+        _read_tokenizer(str(place)).save_pretrained(folder)
+    else:
+        logger.warning("no tokenizer is at %s, so the export has none: use that of the base model", adapter.source)
+
+
+def tokenizer_folder(source: Path) -> Path | None:
+    """The folder of a run's tokenizer: `source`, or for a checkpoint the output folder around it."""
+    places = [source, source.absolute().parent]
+    return next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+
+
+def _read_tokenizer(name: str, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"no tokenizer loads from {name} ({type(error).__name__}).") from error
+    if tokenizer.pad_token is None:  # base models of decoders lack it; the run's own tokenizer has it
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def export_merged(
@@ -111,8 +140,6 @@ def export_merged(
     Raises:
         InputError: the base model cannot be loaded, or does not fit.
     """
-    from transformers import AutoTokenizer
-
     adapter = read_run(run)
     model, name, revision = base_model(adapter, base)
     if other_base(adapter, model):
@@ -144,15 +171,8 @@ def export_merged(
         merge(model)
     if not language_model(model.config):
         _name_outputs(model.config, adapter)
-    own_tokenizer = (adapter.source / "tokenizer_config.json").is_file()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            adapter.source if own_tokenizer else name, revision=None if own_tokenizer else revision
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"no tokenizer loads from {adapter.source} or {name} ({type(error).__name__}).") from error
-    if tokenizer.pad_token is None:  # base models of decoders lack it; the run's own tokenizer has it
-        tokenizer.pad_token = tokenizer.eos_token
+    place = tokenizer_folder(adapter.source)
+    tokenizer = _read_tokenizer(str(place)) if place else _read_tokenizer(os.path.expanduser(name), revision)
     with new_folder(Path(out)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
