@@ -2,9 +2,10 @@
 #
 #   bash scripts/TASK.sh METHOD [FLAGS...]
 #
-# METHOD: lora, lora-orth, adalora, sora, rm-lora-v1, rm-lora-v2 or full; `all` runs these one after the other. It may also
-# be the path of your own entry point, which gets the data, seed, batch and folder below, and FLAGS. If `--like METHOD`
-# stands first among FLAGS, it also gets --apply_lora and the task's settings of that method.
+# METHOD: lora, lora-orth, adalora, sora, rm-lora-v1, rm-lora-v2 or full; `all` runs these one after the other.
+# lora-sora-baseline is LoRA with the settings of SoRA's authors. METHOD may also be the path of your own entry point, which
+# gets the data, seed, batch and folder below, and FLAGS. If `--like METHOD` stands first among FLAGS, it also gets
+# --apply_lora and the task's settings of that method.
 # FLAGS override the settings of the script. These variables of the environment are read:
 #   MODEL   folder or hub name of the model (default microsoft/deberta-v3-base)
 #   DATA    folder with the task's data, or with a folder for each task; without it the data come from the hub
@@ -24,11 +25,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" # root, die, setup_env
 here="$PWD"
 task="$(basename "${BASH_SOURCE[1]}" .sh)"
 methods=(lora lora-orth adalora sora rm-lora-v1 rm-lora-v2 full)
+known=("${methods[@]}" lora-sora-baseline) # a second setting of a method is no method of its own, so `all` leaves it out
 
 # The entry point of each method, and the flags that name the method there.
 declare -A entries=([lora]=AdaLoRA [lora-orth]=AdaLoRA [adalora]=AdaLoRA [sora]=SoRA [rm-lora-v1]=RM-LoRA
-    [rm-lora-v2]=RM-LoRA [full]=AdaLoRA)
+    [rm-lora-v2]=RM-LoRA [full]=AdaLoRA [lora-sora-baseline]=AdaLoRA)
 declare -A named=([lora]="--apply_lora --lora_type frd" [lora-orth]="--apply_lora --lora_type frd"
+    [lora-sora-baseline]="--apply_lora --lora_type frd"
     [adalora]="--apply_lora --lora_type svd --apply_adalora" [sora]="--apply_lora --train_sparse"
     [rm-lora-v1]="--apply_lora --lora_type v1" [rm-lora-v2]="--apply_lora --lora_type v2" [full]="")
 
@@ -118,7 +121,7 @@ run() { # METHOD FLAGS...
         [[ "$label" != run_glue ]] || label="$(basename "$(dirname "$entry")")"
         if [[ "${1:-}" == --like ]]; then
             like="${2:-}"
-            [[ " ${methods[*]} " == *" $like "* ]] || die "--like '$like' is no method: use one of ${methods[*]}."
+            [[ " ${known[*]} " == *" $like "* ]] || die "--like '$like' is no method: use one of ${known[*]}."
             shift 2
             settings "$like"
             [[ "$like" == full ]] || flags=(--apply_lora "${flags[@]}")
@@ -126,8 +129,8 @@ run() { # METHOD FLAGS...
             common=(--do_train --do_eval)
         fi
     else
-        [[ " ${methods[*]} " == *" $method "* ]] ||
-            die "'$method' is not a method of scripts/$task.sh: use one of ${methods[*]}, all, or the path of an entry point."
+        [[ " ${known[*]} " == *" $method "* ]] ||
+            die "'$method' is not a method of scripts/$task.sh: use one of ${known[*]}, all, or the path of an entry point."
         settings "$method"
         # shellcheck disable=SC2206 # words
         flags=(${named[$method]} "${flags[@]}")

@@ -74,6 +74,7 @@ settings() { # METHOD
         --cls_dropout 0.2     # not stated: RTE's of AdaLoRA's script
         --weight_decay 0.01   # not stated: usual for BERT-like models
         ) ;;
+    lora-sora-baseline) die "SoRA's authors state no settings of LoRA for WNLI: use lora, whose values are those of RTE." ;;
     esac
 }
 

@@ -15,15 +15,19 @@ from pathlib import Path
 import pytest
 
 from loralib.allocator import check_schedule
+from loralib.errors import InputError
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, parse
 from loralib.glue.tasks import GLUE
 from loralib.report import figures
 from loralib.sparse import lambda_stages
 from loralib.sweep import plan
+from loralib.sweep.asking import ask
+from loralib.sweep.command import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
 METHODS = ["lora", "lora-orth", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full"]
+SECOND = "lora-sora-baseline"  # a second setting of lora, which is not part of `all`
 
 # AdaLoRA, arXiv 2303.10512, Table 8: learning rate, epochs, gamma, t_i, Delta_T, t_f
 TABLE_8 = {
@@ -57,8 +61,10 @@ def commands(task: str, **env: str) -> dict[str, list[str]]:
 
 
 def test_every_list_of_methods_names_the_same_ones() -> None:
-    (line,) = re.findall(r"^methods=\((.*)\)$", (ROOT / "scripts" / "launch.sh").read_text(), flags=re.M)
-    assert line.split() == METHODS == list(plan.METHODS)
+    launch = (ROOT / "scripts" / "launch.sh").read_text()
+    (line,) = re.findall(r"^methods=\((.*)\)$", launch, flags=re.M)
+    (more,) = re.findall(r'^known=\("\$\{methods\[@\]\}" (.*?)\)', launch, flags=re.M)
+    assert line.split() == METHODS and [*METHODS, *more.split()] == [*METHODS, SECOND] == list(plan.METHODS)
     assert set(figures.METHODS) == {*METHODS, "svd-lora"}  # which has no settings from a paper
 
 
@@ -123,11 +129,36 @@ def test_adalora_is_table_8(task: str) -> None:
     assert training.per_device_train_batch_size == 32
 
 
+# SoRA's authors, issue 4 of TsinghuaC3I/SoRA: learning rate and epochs of their LoRA; batch 8
+SORA_ISSUE_4 = {"cola": (8e-5, 20), "sst2": (1e-4, 10), "mrpc": (1e-4, 20), "qqp": (3e-4, 10), "stsb": (1e-4, 20),
+                "mnli": (3e-4, 10), "qnli": (3e-4, 10), "rte": (1.2e-3, 50)}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", SORA_ISSUE_4)
+def test_lora_as_the_authors_of_sora_trained_it(task: str) -> None:
+    words = shlex.split(script(task, SECOND).stdout)
+    _, _, lora, training = parsed(words)
+    assert (training.learning_rate, training.num_train_epochs) == SORA_ISSUE_4[task]
+    assert training.per_device_train_batch_size == 8 and training.max_grad_norm == 0.1
+    assert training.get_warmup_steps(1000) == 60 and training.weight_decay == 0.1
+    assert lora.apply_lora and (lora.lora_r, lora.lora_alpha, lora.lora_type) == (8, 16, "frd")
+    assert words[1] == commands(task)["lora"][1] and f"{task}/{SECOND}/seed42" in words[-1]
+
+
+def test_no_setting_of_soras_authors_for_wnli() -> None:
+    done = script("wnli", SECOND, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "state no settings of LoRA for WNLI: use lora" in done.stderr and len(done.stderr.splitlines()) == 1
+    (job,) = plan.plan(make_parser().parse_args(["--tasks", "wnli", "--methods", SECOND, "--seeds", "1"]), [])
+    with pytest.raises(InputError, match="wnli, lora-sora-baseline: SoRA's authors state no settings"):
+        ask([job])
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_value_names_its_source(task: str) -> None:
     text = (ROOT / "scripts" / f"{task}.sh").read_text()
     values = re.findall(r"^ +(?:--\w+ \S+.*|batch=.*)$", text, re.M)
-    assert 35 < len(values) and text.count("\n") < 90
+    assert 35 < len(values) and text.count("\n") < 105
     for line in values:
         assert re.search(r"# (not stated: |AdaLoRA(?:'s)? |RM-LoRA's |SoRA's )\w", line), line
     assert not re.search(r"(?<![\w.])/(home|work|tmp|root|data)/", text)

@@ -23,7 +23,7 @@ from loralib.errors import InputError
 from loralib.sweep.plan import ROOT, Job
 from loralib.sweep.settings import Asked, short_path, typed_flags
 
-RECORDED = {"lora-orth": "lora"}  # methods of the scripts that have another name in run.json
+RECORDED = {"lora-orth": "lora", "lora-sora-baseline": "lora"}  # other names in run.json
 
 
 def ask(jobs: Sequence[Job], processes: int = 1) -> dict[Job, Asked]:

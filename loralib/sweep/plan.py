@@ -12,7 +12,7 @@ from loralib.errors import InputError
 from loralib.secrets import is_secret
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("lora", "lora-orth", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full")
+METHODS = ("lora", "lora-orth", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full", "lora-sora-baseline")
 Point = tuple[tuple[str, str], ...]  # values of a grid: (flag, value) pairs
 
 
