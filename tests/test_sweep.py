@@ -1,8 +1,10 @@
 """Sweeps: what is run and where, what is recognised, and that nothing of a run outlives its worker."""
 
 import importlib.util
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,9 +20,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from loralib.errors import InputError
-from loralib.sweep import asking, command, guard, plan, records, running, settings
+from loralib.sweep import asking, command, dispatch, guard, plan, records, settings
 from loralib.sweep.cluster import Cluster, resources
-from loralib.sweep.running import Progress
+from loralib.sweep.dispatch import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "scripts" / "sweep.py"
@@ -291,6 +293,28 @@ def test_progress_counts_and_estimates() -> None:
     assert progress.line().endswith("about 5 h 0 min to go")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    progress = Progress(total=4, skipped=1, slots=1)
+    progress.show()
+    progress.say("a run diverged")
+    progress.failed = 1
+    for _ in range(2):
+        progress.show()
+    progress.bar.close()
+    first, last = "1 of 4 done, 0 running, 0 failed, 3 left", "1 of 4 done, 0 running, 1 failed, 2 left"
+    if terminal:
+        drawn = re.split(r"[\r\n]+", out.getvalue())
+        assert any(re.fullmatch(rf"\|##5 {{7}}\| {first} *", line) for line in drawn)
+        assert any(re.fullmatch(rf"\|##### {{5}}\| {last} *", line) for line in drawn)
+        assert "a run diverged" in drawn
+    else:
+        assert out.getvalue().splitlines() == [first, "a run diverged", last] and "\r" not in out.getvalue()
+
+
 class FakeRay:
     """A cluster of given machines."""
 
@@ -418,8 +442,8 @@ def test_a_cluster_that_vanishes_costs_no_run_its_retry(
     entry = tmp_path / "mine.py"
     entry.write_text("")
     ray = DyingRay(list(lives), {seed: list(found) for seed, found in statuses.items()})
-    monkeypatch.setattr(running, "Cluster", lambda address: ray)
-    monkeypatch.setattr(running, "PAUSE", 0.0)
+    monkeypatch.setattr(dispatch, "Cluster", lambda address: ray)
+    monkeypatch.setattr(dispatch, "PAUSE", 0.0)
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     argv = ["--tasks", "rte", "--methods", str(entry), "--seeds", "1-5", "--output", str(tmp_path / "out"),
             "--wait_for_cluster", "0"]  # fmt: skip
@@ -462,7 +486,7 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, values: s
     entry = tmp_path / "mine.py"
     entry.write_text("")
     ray = ScoringRay([99, 99], {})
-    monkeypatch.setattr(running, "Cluster", lambda address: ray)
+    monkeypatch.setattr(dispatch, "Cluster", lambda address: ray)
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     argv = ["--tasks", "rte", "--methods", f"a={entry},b={entry}", "--tune", f"learning_rate={values}",
             "--tune_seeds", "1,2", "--seeds", "5-6", "--output", str(tmp_path / "out"), *flags]  # fmt: skip

@@ -40,7 +40,7 @@ class BoardCallback(TrainerCallback):
                 writer.file_writer.add_summary(begin)
                 writer.add_custom_scalars(layout(self.trainer, self.task))
 
-    def finish(self, metrics: dict[str, Any], succeeded: bool = True) -> None:
+    def write_results(self, metrics: dict[str, Any], succeeded: bool = True) -> None:
         """Write the results, and mark the end of the run.
 
         Args:

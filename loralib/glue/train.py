@@ -55,7 +55,7 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
         if run.training.should_save:
             with suppress(OSError):  # the disk may be full
                 write_run(run, trainer, method, data.task.name, error.status, metrics)
-                _close_board(trainer, metrics, succeeded=False)
+                _write_to_board(trainer, metrics, succeeded=False)
         raise
     except OSError as error:
         path, output_dir = path_of(error), run.training.output_dir
@@ -76,16 +76,16 @@ def _write_beside_the_record(run: Run, trainer: LoRATrainer, metrics: dict[str, 
     try:
         if run.training.should_save and run.training.do_train:
             card.write_card(run.training.output_dir)
-        _close_board(trainer, metrics)
+        _write_to_board(trainer, metrics)
     except OSError as error:
         what = path_of(error) or f"the model card or TensorBoard's results in {run.training.output_dir}"
         logger.warning("the run is finished and recorded, but %s could not be written (%s)", what, error.strerror)
 
 
-def _close_board(trainer: LoRATrainer, metrics: dict[str, Any], succeeded: bool = True) -> None:
+def _write_to_board(trainer: LoRATrainer, metrics: dict[str, Any], succeeded: bool = True) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, BoardCallback):
-            callback.finish(metrics, succeeded)
+            callback.write_results(metrics, succeeded)
 
 
 def _train_and_evaluate(run: Run, trainer: LoRATrainer, data: GlueData, metrics: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from loralib.errors import InputError, RunError
 from loralib.secrets import hide, remember_command
 from loralib.sweep.asking import ask
+from loralib.sweep.dispatch import sweep
 from loralib.sweep.guard import guard, interrupt
 from loralib.sweep.plan import METHODS, ROOT, Job, plan, split_arms
 from loralib.sweep.records import Done, ResultsFile, closest, runs_below
-from loralib.sweep.running import sweep
 from loralib.sweep.settings import Asked
 from loralib.sweep.tune import choose, plan_tuning, say
 

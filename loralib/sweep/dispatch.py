@@ -11,7 +11,10 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
+
+from tqdm import tqdm
 
 from loralib.errors import InputError
 from loralib.secrets import hide
@@ -27,12 +30,14 @@ BAD_INPUT = 2  # exit status of a run whose flags or files are refused
 
 
 class Progress:
-    """A line of progress. On a terminal it is rewritten; elsewhere each change is a new line."""
+    """The progress of a sweep: a bar on a terminal, elsewhere a new line for each change."""
 
     def __init__(self, total: int, skipped: int, slots: int) -> None:
         self.total, self.done, self.failed, self.running, self.slots = total, skipped, 0, 0, slots
         self.seconds: list[float] = []
         self.last = ""
+        shape = {"bar_format": "|{bar:10}| {desc}", "ncols": get_terminal_size().columns, "nrows": 9}
+        self.bar = tqdm(total=total, initial=skipped, file=sys.stdout, disable=not sys.stdout.isatty(), **shape)
 
     def line(self) -> str:
         """How many runs are done, running, failed and left, and the remaining time by the mean of the runs so far."""
@@ -45,17 +50,19 @@ class Progress:
         return text
 
     def show(self) -> None:
-        """Print the line if it has changed."""
+        """Show the line if it has changed."""
         line = self.line()
-        if line != self.last:
-            print(
-                f"\r\033[K{line}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True
-            )
+        if line != self.last and self.bar.disable:
+            print(line, flush=True)
+        elif line != self.last:
+            self.bar.n = self.done + self.failed
+            self.bar.set_description_str(line)
         self.last = line
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+        with self.bar.external_write_mode(sys.stdout):
+            print(text, flush=True)
         self.last = ""
 
 
@@ -80,11 +87,13 @@ def sweep(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done, args: arg
     loop = _Loop(jobs, asked, done, args, cluster, todo)
     try:
         loop.run()
+        loop.progress.bar.close()
         print()
         return _list_failed(jobs, done)
     except KeyboardInterrupt:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)
+        loop.progress.bar.close()
         print("\nstopping: runs that are under way get a minute to write a checkpoint ...", flush=True)
         return 130
     finally:
