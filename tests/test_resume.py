@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import runs
 import torch
@@ -545,15 +546,22 @@ def test_killed_at_each_operation_on_a_checkpoint(flags: list[str], tmp_path: Pa
     print(operations)
 
 
-def test_sigterm_ends_the_command_with_143_and_it_goes_on(flags: list[str], tmp_path: Path) -> None:
-    arguments = [*flags, f"--output_dir={tmp_path / 'run'}", "--num_train_epochs=500", "--save_strategy=no"]
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_sigterm_ends_the_command_with_143_and_it_goes_on(loaders: int, flags: list[str], tmp_path: Path) -> None:
+    """Also if every process of the run gets the signal, as some clusters send it. None of them stays."""
+    workers = [f"--dataloader_num_workers={loaders}", "--dataloader_persistent_workers=True"] if loaders else []
+    arguments = [*flags, *workers, f"--output_dir={tmp_path / 'run'}", "--num_train_epochs=500", "--save_strategy=no"]
     process = runs.start(runs.enter, "AdaLoRA", arguments, str(tmp_path / "log"))
     deadline = time.time() + 60
     while "'loss'" not in (text := (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
         assert process.is_alive() and time.time() < deadline, text[-3000:]
         time.sleep(0.02)
-    process.terminate()
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(family) == 1 + loaders
+    for member in reversed(family):
+        member.terminate()
     assert runs.finished(process, 60) == 143
+    assert not psutil.wait_procs(family, timeout=10)[1]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "interrupted" and record["steps"] > 0
     advice = f"the same command goes on from the last good checkpoint, {tmp_path}/run/checkpoint-{record['steps']}."

@@ -1,7 +1,11 @@
 """Deals rows to steps: every row once in an epoch, with any number of processes and after a resume."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +47,23 @@ _ACCUMULATION = "--gradient_accumulation_steps says how batches are accumulated"
 _SHARES = "with several processes rows of an epoch's last batch would count twice or not at all"
 
 
+def _only_the_run_ends_me(then: Callable[[int], None] | None, worker_id: int) -> None:
+    """In a process that loads data: ignore each SIGTERM but that of the run.
+
+    Clusters send SIGTERM to all processes of a run. The run then finishes its step, for which it needs its loaders.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it waits for the thread
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
 class Sampling(Trainer):
     """Several processes count every row once, and length grouping draws the same order again after a resume."""
 
@@ -78,6 +99,8 @@ class Sampling(Trainer):
             self.args.dataloader_drop_last = drop
         if self.args.dataloader_persistent_workers:
             loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        inner = loader.base_dataloader
+        inner.worker_init_fn = partial(_only_the_run_ends_me, inner.worker_init_fn)
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
