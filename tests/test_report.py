@@ -26,6 +26,7 @@ from scipy import stats
 from loralib.report import comparison, drawing, figures, page, tuning
 from loralib.report.runs import Run
 from loralib.report.spectrum import adapter_spectra, effective_rank, singular_values
+from loralib.report.style import METHODS as METHODS_WITH_COLOURS
 from loralib.sweep.records import compact
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -766,7 +767,7 @@ def test_seeds_have_a_legend_and_two_of_them_no_bar() -> None:
         assert sum(bool(c.get_segments()) for c in figure.axes[0].findobj(LineCollection)) == bars
         assert any(f"n = {n}" in text for text in texts_of(figure))
     uneven = texts_of(figures.comparison({"rte": ("m", {"lora": [80.0, 81.0], "sora": [80.0]})}, "t"))
-    assert "lora (n=2)" in uneven and "sora (n=1)" in uneven
+    assert "n = 2" in uneven and "n = 1" in uneven
     for deviation, bars in ((None, 0), (1.0, 1)):
         figure = figures.frontier({"lora": [(5.0, 80.0, deviation)]}, "m", "t")
         assert sum(bool(c.get_segments()) for c in figure.axes[0].findobj(LineCollection)) == bars
@@ -781,6 +782,82 @@ def test_the_score_of_one_class_is_drawn_where_it_is_near_and_written_where_it_i
         assert sum(list(line.get_xdata()) == [score, score] for line in figure.axes[0].lines) == lines
         assert any(said in text for text in texts_of(figure))
         assert figure.axes[0].get_xlim()[0] > 70
+
+
+def inside(figure: Any) -> None:
+    """Every marker of every line lies within its panel."""
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        for line in axes.lines:
+            places = line.get_transform().transform(line.get_xydata())
+            box = axes.bbox.padded(1)
+            assert all(box.contains(*place) for place in places), line.get_label()
+
+
+def test_methods_of_one_budget_stand_side_by_side_within_the_frontier() -> None:
+    """Three grid points at one budget a method: no method pushes another out of the panel, and no line joins them."""
+    names = ("lora", "rm-lora-v1", "rm-lora-v2", "lora-orth", "mine", "yours")
+    points = {name: [(331_776.0, 20.0 + i + k, None) for i in range(3)] for k, name in enumerate(names)}
+    figure = figures.frontier({"sora": [(180_000.0, 25.0, None)], **points}, "m", "t")
+    inside(figure)
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() not in ("", "None", None)]
+    assert {line.get_linestyle() for line in drawn} == {"None"}
+    places = {float(line.get_transform().transform(line.get_xydata())[0, 0]) for line in drawn}
+    assert len(places) == len(names) + 1
+    joined = figures.frontier({"sora": [(1e5, 80.0, None), (2e5, 81.0, None)]}, "m", "t")
+    assert "-" in {line.get_linestyle() for line in joined.axes[0].lines}
+
+
+def test_rows_of_a_comparison_are_one_for_all_tasks() -> None:
+    """A method that one task lacks keeps its row there; labels of several lines do not touch the next."""
+    long = "my-very-long-variant-name-with-rank-32 lora_alpha=16.0, lora_r=8"
+    figure = figures.comparison({"rte": ("m", {"lora": [8.0], long: [7.0]}), "cola": ("m", {"lora": [1.0]})}, "t")
+    said = texts_of(figure)
+    assert said.count("lora") == 1 and "n = 0" in said
+    labels = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(labels))
+
+
+def test_a_trial_without_a_score_is_below_all_dots() -> None:
+    flags = {"lr": {name: {"1e-3": [0.8, 0.5], "3e-3": [None]} for name in ("lora", "adalora", "sora")}}
+    figure = figures.tuning(
+        flags, dict.fromkeys(flags["lr"], {"lr": "1e-3"}), {n: [(1, 0)] for n in flags["lr"]}, "m", "t"
+    )
+    inside(figure)
+    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    at = [tuple(line.get_transform().transform(line.get_xydata())[0]) for line in crosses]
+    assert len(set(at)) == 3 and max(y for _, y in at) < figure.axes[0].transData.transform((1e-3, 0.5))[1] - 5
+
+
+def test_a_grid_of_many_points_has_a_figure_a_method(tmp_path: Path) -> None:
+    """Twenty lines in one panel are unreadable; the points of one method run from dark to light."""
+    for method in ("lora", "adalora"):
+        for r in range(1, 8):
+            arguments = {"lora_r": r, "seed": 1}
+            make_run(tmp_path / f"{method}{r}", method, r=r, layers=1, arguments=arguments)
+    text = text_of(tmp_path)
+    figures_made = set(re.findall(r"!\[.*?\]\((.*?)\.png\)", text))
+    assert {"curves_rte_lora", "curves_rte_adalora", "budget_rte_lora", "spectra_rte_adalora"} <= figures_made
+    assert "curves_rte" not in figures_made
+    names = [f"lora lora_r={r}" for r in range(1, 8)]
+    grey = [float(np.dot(figures.style(name, names)["color"][:3], (0.3, 0.59, 0.11))) for name in names]
+    assert grey == sorted(grey) and min(np.diff(grey)) > 0.03
+
+
+def test_counts_begin_at_zero_and_what_is_not_zero_is_drawn_only_where_it_differs(tmp_path: Path) -> None:
+    band = ([1, 2], [288.0, 280.0], [0.0, 0.0])
+    figure = figures.curves({"ranks": {"adalora": band, "adalora (nonzero)": band}}, "step", "t", None, True)
+    assert figure.axes[0].get_ylim()[0] == 0 and [t.get_text() for t in figure.legends[0].get_texts()] == ["adalora"]
+    drawn: dict[str, tuple[Any, ...]] = {}
+    folder = drawing.Folder(tmp_path)
+    folder.save = lambda name, draw, *arguments: drawn.update({name: arguments})  # type: ignore[method-assign]
+    for nonzero, names in (([9, 5], ["adalora"]), ([9, 9], ["adalora", "adalora (nonzero)"])):
+        history = [{"rank_total": k, "rank_nonzero": n, "remaining": 1, "effective_rank": 1, "step": k}
+                   for k, n in zip((9, 5), nonzero, strict=True)]  # fmt: skip
+        runs = {"adalora": [Run(tmp_path / "none", {"history": history})]}
+        drawing._draw_lines(folder, "rte", "rte", runs, "accuracy", "accuracy (%)", None)
+        panels, _, title, *_ = drawn["budget_rte"]
+        assert list(next(iter(panels.values()))) == names and ("dotted" in title) == (len(names) > 1)
 
 
 def test_a_method_has_one_colour_and_no_two_share_it() -> None:
@@ -800,5 +877,5 @@ def test_a_method_has_one_colour_and_no_two_share_it() -> None:
     colours = {name: figures.style(name, names)["color"] for name in names}
     assert colours["lora"] == colours["lora lora_r=2"] and len(set(colours.values())) == len(names) - 1
     assert figures.style("lora", names) != figures.style("lora lora_r=2", names)
-    known = {figures.style(name, names)["marker"] for name in names if name in figures.METHODS}
+    known = {figures.style(name, names)["marker"] for name in names if name in METHODS_WITH_COLOURS}
     assert not known & {figures.style(name, names)["marker"] for name in ("mine", "yours", "a third")}

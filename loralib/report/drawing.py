@@ -13,8 +13,11 @@ import pandas as pd
 from loralib.report import figures
 from loralib.report.runs import SMALLER_IS_BETTER, Run
 from loralib.report.spectrum import adapter_spectra, effective_rank
+from loralib.report.style import FEWEST_SEEDS, NONZERO
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, percent, scores
 from loralib.report.tuning import best_of_trials, scores_by_value, trial_scores
+
+MOST_LINES = 12  # of one panel; a task with more of them has a figure a method
 
 
 class Folder:
@@ -58,7 +61,7 @@ def band(runs: Sequence[Run], key: str, x: str, factor: float) -> figures.Band |
     points = factor * pd.DataFrame(series, dtype=float).dropna().sort_index()  # (points, runs)
     if len(points) < 2:
         return None
-    deviation = points.std(axis=1, ddof=1) if len(runs) >= figures.FEWEST_SEEDS else 0 * points[0]
+    deviation = points.std(axis=1, ddof=1) if len(runs) >= FEWEST_SEEDS else 0 * points[0]
     return points.index.tolist(), points.mean(axis=1).tolist(), deviation.tolist()
 
 
@@ -87,8 +90,7 @@ def draw(
             panels[task] = (label, {name: found for name, found in values.items() if found})
         _draw_task(folder, task, mine, metrics[0], label, one_class.get(task))
     if panels:
-        title = f"a dot a seed, mean, standard deviation of 3 seeds and more; selection: {selection}"
-        folder.save("comparison", figures.comparison, panels, title, one_class)
+        folder.save("comparison", figures.comparison, panels, f"Scores, selection: {selection}", one_class)
     if tuned is not None:
         _draw_tuning(folder, tuned)
     return folder.made, folder.problems
@@ -111,9 +113,11 @@ def _draw_tuning(folder: Folder, tuned: Mapping[str, Any]) -> None:
             name: [(factor * mean, factor * deviation) for mean, deviation in best_of_trials(trial_scores(c), metric)]
             for name, c in choices.items()
         }
+        seeds = tuned["tune_seeds"]
         title = (
-            f"{task}: trials with the seeds {', '.join(map(str, tuned['tune_seeds']))}: a dot each, a line through "
-            "their means, a ring around the value that was chosen, other tuned flags at theirs"
+            f"{task}: trials with seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; a dot is a trial, "
+            "a line joins their means, a ring marks the chosen value, a cross below is a trial without a score"
+            + ("; other tuned flags have their chosen values" if len(flags) > 1 else "")
         )
         folder.save(f"tuning_{task}", figures.tuning, flags, chosen, best, label, title)
 
@@ -123,6 +127,42 @@ def _draw_task(
 ) -> None:
     """The figures of one task; `chance`: the score of answering one class for every row."""
     runs = {name: list(of["run"]) for name, of in mine.items()}
+    for part, some in _parts(mine).items():
+        _draw_lines(folder, f"{task}_{part}" if part else task, f"{task}, {part}" if part else task,
+                    {name: runs[name] for name in some}, metric, label, chance)  # fmt: skip
+    points = frontier_points(mine, metric)
+    if len({x for values in points.values() for x, _, _ in values}) > 1:
+        title = f"{task}: score against the parameters that remain; {_over_seeds(runs, 'bar')}"
+        if unknown := [name for name in mine if name not in points and mine[name]["method"].iloc[0] not in points]:
+            title += f"; without a known number of them, and so not here: {', '.join(unknown)}"
+        folder.save(f"frontier_{task}", figures.frontier, points, label, title, chance)
+    for name, of in runs.items():
+        stages = {str(run.seed): run.data["stages"] for run in of if run.data.get("stages")}
+        if stages and len(stages) == len(of):
+            folder.save(f"lambda_{task}_{name}", figures.stages, stages, f"eval_{metric}", label, f"{task}, {name}")
+        _draw_ranks(folder, task, name, of)
+
+
+def _parts(mine: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
+    """The names that share the figures with lines: all of them under "", or those of each method if they are many."""
+    if len(mine) <= MOST_LINES:
+        return {"": list(mine)}
+    parts: dict[str, list[str]] = {}
+    for name, of in mine.items():
+        parts.setdefault(of["method"].iloc[0], []).append(name)
+    return parts
+
+
+def _draw_lines(
+    folder: Folder,
+    name: str,
+    what: str,
+    runs: Mapping[str, Sequence[Run]],
+    metric: str,
+    label: str,
+    chance: float | None,
+) -> None:
+    """Learning curves, budgets and spectra; `name` of the files, `what` for the titles."""
 
     def lines(key: str, factor: float, x: str) -> dict[str, figures.Band]:
         found = {name: band(of, key, x, factor) for name, of in runs.items()}
@@ -131,35 +171,32 @@ def _draw_task(
     learning = {label: lines(f"eval_{metric}", 1 if metric in SMALLER_IS_BETTER else 100, "epoch"),
                 "validation loss": lines("eval_loss", 1, "epoch")}  # fmt: skip
     if all(learning.values()):
-        title = f"{task}: {_over_seeds(runs)}"
+        title = f"{what}: score and loss on the validation rows; {_over_seeds(runs)}"
         baseline = {} if chance is None else {label: chance}
-        folder.save(f"curves_{task}", figures.curves, learning, "epoch", title, baseline)
-    nonzero = {f"{name} (values other than 0)": line for name, line in lines("rank_nonzero", 1, "step").items()}
-    budget = {"ranks that are kept, all matrices": lines("rank_total", 1, "step") | nonzero,
+        folder.save(f"curves_{name}", figures.curves, learning, "epoch", title, baseline)
+    kept = lines("rank_total", 1, "step")
+    nonzero = {f"{of}{NONZERO}": line for of, line in lines("rank_nonzero", 1, "step").items() if line != kept.get(of)}
+    budget = {"ranks that are kept, all matrices": kept | nonzero,
               "parameters that are kept (thousands)": lines("remaining", 1e-3, "step"),
               "effective rank, mean over matrices": lines("effective_rank", 1, "step")}  # fmt: skip
     if all(budget.values()):
-        title = f"{task}: budget, sparsity and effective rank at each evaluation; {_over_seeds(runs)}"
-        folder.save(f"budget_{task}", figures.curves, budget, "optimizer step", title)
-    points = frontier_points(mine, metric)
-    if len({x for values in points.values() for x, _, _ in values}) > 1:
-        title = f"{task}: score at the budget that is left; {_over_seeds(runs, 'bar')}"
-        folder.save(f"frontier_{task}", figures.frontier, points, label, title, chance)
-    for name, of in runs.items():
-        stages = {str(run.seed): run.data["stages"] for run in of if run.data.get("stages")}
-        if stages and len(stages) == len(of):
-            folder.save(f"lambda_{task}_{name}", figures.stages, stages, f"eval_{metric}", label, f"{task}, {name}")
-        _draw_ranks(folder, task, name, of)
-    _draw_spectra(folder, task, runs)
+        title = f"{what}: ranks and parameters that are kept, and effective rank, at each evaluation; "
+        title += _over_seeds({of: runs[of] for of in kept})
+        title += "; thin dotted lines: singular values other than 0" if nonzero else ""
+        folder.save(f"budget_{name}", figures.curves, budget, "optimizer step", title, None, True)
+    _draw_spectra(folder, name, what, runs)
 
 
 def _over_seeds(runs: Mapping[str, Sequence[Run]], shape: str = "band") -> str:
     """What lines and bands are, with the number of seeds."""
     counts = sorted({len(of) for of in runs.values()})
+    if counts[-1] == 1:
+        return "one seed"
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    if counts[-1] < figures.FEWEST_SEEDS:
-        return f"mean of n = {n} seeds" if counts[-1] > 1 else "one seed"
-    return f"mean of n = {n} seeds, {shape} of one standard deviation where n is 3 or more"
+    if counts[-1] < FEWEST_SEEDS:
+        return f"mean of n = {n} seeds"
+    few = " where n is 3 or more" if counts[0] < FEWEST_SEEDS else ""
+    return f"mean of n = {n} seeds, {shape}: one standard deviation{few}"
 
 
 def one_class_score(runs: pd.DataFrame, metric: str, selection: str) -> float | None:
@@ -183,7 +220,7 @@ def frontier_points(
         found = np.array(list(scores(of, metric).values()))
         left = of["remaining"].dropna()
         if len(found) and len(left):
-            deviation = float(found.std(ddof=1)) if len(found) >= figures.FEWEST_SEEDS else None
+            deviation = float(found.std(ddof=1)) if len(found) >= FEWEST_SEEDS else None
             method = of["method"].iloc[0]
             key = method if variants[method] > 1 else name
             points.setdefault(key, []).append((float(left.mean()), float(found.mean()), deviation))
@@ -197,11 +234,11 @@ def _draw_ranks(folder: Folder, task: str, name: str, runs: Sequence[Run]) -> No
         return
     mean = ranks.mean().to_dict()
     most = float(runs[0].arguments.get("lora_r") or max(mean.values()))
-    title = f"{task}, {name}: rank left of {most:.0f}\nmean of {len(runs)} seed(s)"
+    title = f"{task}, {name}: rank left of each matrix, of {most:.0f}\n{_over_seeds({name: runs}).partition(',')[0]}"
     folder.save(f"ranks_{task}_{name}", figures.rank_heatmap, mean, title, most)
 
 
-def _draw_spectra(folder: Folder, task: str, runs: Mapping[str, Sequence[Run]]) -> None:
+def _draw_spectra(folder: Folder, file: str, what: str, runs: Mapping[str, Sequence[Run]]) -> None:
     values = {}
     for name, of in runs.items():
         spectra: list[np.ndarray] = []
@@ -211,15 +248,15 @@ def _draw_spectra(folder: Folder, task: str, runs: Mapping[str, Sequence[Run]]) 
             except (FileNotFoundError, NotADirectoryError):
                 continue  # full fine-tuning has no adapter, and a record alone has none either
             except (OSError, ValueError) as error:
-                folder.problems.append(escape(f"The adapter of {run.folder.name} of {task}, {name}, seed {run.seed} "
-                                              f"cannot be read: {error}"))  # fmt: skip
+                folder.problems.append(escape(f"The adapter of {run.folder.name} of {run.task}, {name}, seed "
+                                              f"{run.seed} cannot be read: {error}"))  # fmt: skip
         if spectra:
             length = max(map(len, spectra))
             padded = [np.pad(found, (0, length - len(found))) for found in spectra]
             values[name] = (np.mean(padded, axis=0), [effective_rank(found) for found in spectra])
     if values:
         title = (
-            f"{task}: the trained updates, over all matrices and seeds: scaling, B, what stands between the factors "
-            "(AdaLoRA's E, SoRA's gates), and A, multiplied"
+            f"{what}: singular values of the trained updates (scaling x B x diagonal of AdaLoRA or SoRA x A) of all "
+            f"matrices; {_over_seeds(runs).partition(',')[0]}"
         )
-        folder.save(f"spectra_{task}", figures.spectra, values, title)
+        folder.save(f"spectra_{file}", figures.spectra, values, title)

@@ -1,8 +1,6 @@
 """Figures from plain numbers: nothing here reads a file or knows a model."""
 
-import math
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,47 +10,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
-# Okabe and Ito's palette, distinct for colour-blind readers too; a method has one colour in every figure.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-MARKERS = "osD^vP*X"
-# Of variants that are not among METHODS: colours of Tol's muted palette and markers that no method has.
-OWN_PALETTE = ("#882255", "#999933", "#332288", "#117733", "#AA4499", "#44AA99", "#7F7F7F")
-OWN_MARKERS = "<>hpdH8"
-METHODS = ("lora", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "lora-orth", "full", "svd-lora")
+from loralib.report.style import (
+    FEWEST_SEEDS,
+    MARKERS,
+    NONZERO,
+    PALETTE,
+    draw_chance,
+    dress,
+    new_figure,
+    put_legend,
+    put_title,
+    shown,
+    style,
+    wrapped,
+)
+
 Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # x, mean and standard deviation of y
-
-
-MOST_INCHES = 60.0  # a side of a figure; a longer one would not fit into an image file
 MOST_CELLS = 60  # rows or columns of a heatmap that still have names and numbers
-MOST_LETTERS = 34  # of a name on one line
-FEWEST_SEEDS = 3  # of two, a deviation says next to nothing: no bar and no band
-
-
-def shown(text: str) -> str:
-    """A name as matplotlib prints it: no formula, and no leading underscore, which a legend leaves out."""
-    plain = "".join(c if c.isprintable() or c == "\n" else " " for c in text).replace("$", r"\$")
-    return f" {plain}" if plain.startswith("_") else plain
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(min(width, MOST_INCHES), min(height, MOST_INCHES)), layout="constrained")
-
-
-def style(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Colour and marker of a line: by its method, else by its place among `names`."""
-    method = name.partition(" ")[0]
-    same = [other for other in names if other.partition(" ")[0] == method]
-    others = sorted({other.partition(" ")[0] for other in names} - set(METHODS))
-    known = method in METHODS
-    palette, markers = (PALETTE, MARKERS) if known else (OWN_PALETTE, OWN_MARKERS)
-    i = METHODS.index(method) if known else others.index(method)
-    return {"color": palette[i % len(palette)], "marker": markers[(i + same.index(name)) % len(markers)],
-            "linestyle": ("-", "--", ":", "-.")[same.index(name) % 4]}  # fmt: skip
-
-
-def wrapped(text: str, letters: int = MOST_LETTERS) -> str:
-    """A name on as many lines as it needs."""
-    return "\n".join(textwrap.wrap(shown(text), letters, subsequent_indent="  ")) or " "
+MOST_BANDS = 3  # of the last panel of a tuning; more of them hide each other
 
 
 def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[int], np.ndarray]:
@@ -76,7 +51,7 @@ def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[int], np.ndar
 def rank_heatmap(ranks: Mapping[str, float], title: str, most: float) -> Figure:
     """Layer x module: what is left of each matrix's rank, 0 to `most`, with the number in each cell."""
     kinds, layers, values = rank_grid(ranks)
-    figure = _figure(3.2 + 0.52 * len(layers), 1.7 + 0.42 * len(kinds))
+    figure = new_figure(3.2 + 0.52 * len(layers), 1.7 + 0.42 * len(kinds))
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=most, aspect="auto")
     if len(layers) <= MOST_CELLS:
@@ -102,27 +77,35 @@ def as_image(figure: Figure) -> np.ndarray:
 
 
 def curves(
-    panels: Mapping[str, Mapping[str, Band]], x_label: str, title: str, one_class: Mapping[str, float] | None = None
+    panels: Mapping[str, Mapping[str, Band]],
+    x_label: str,
+    title: str,
+    one_class: Mapping[str, float] | None = None,
+    from_zero: bool = False,
 ) -> Figure:
     """One panel a quantity, one line with a band of a standard deviation a method.
 
     Args:
         one_class: for each panel that has one, the score of answering the same class for every row.
+        from_zero: let the quantities begin at 0, as counts should, so that a small change looks small.
     """
-    figure = _figure(1.0 + 4.6 * len(panels), 4.4)
+    figure = new_figure(1.0 + 4.6 * len(panels), 4.4)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, (x, mean, deviation) in lines.items():
             look = style(name, names)
             low, high = np.subtract(mean, deviation), np.add(mean, deviation)
-            width = 3.0 - 1.8 * names.index(name) / len(names)  # what lies below another line still shows at its sides
-            axes.plot(x, mean, label=wrapped(name), markersize=2.5 * width, linewidth=width, **look)
+            width = 2.6 - 1.4 * names.index(name) / len(names)  # what lies below another line still shows at its sides
+            entry = None if name.endswith(NONZERO) else wrapped(name)
+            axes.plot(x, mean, label=entry, **{"markersize": 2.5 * width, "linewidth": width} | look)
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-        _dress(axes)
-        axes.set_ylabel(label + _chance(axes.axhline, axes.get_ylim, axes.set_ylim, (one_class or {}).get(label)))
-    _legend(figure, title, names)
+        dress(axes)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set_ylabel(label + draw_chance(axes.axhline, axes.get_ylim, axes.set_ylim, (one_class or {}).get(label)))
+    put_legend(figure, title, names)
     return figure
 
 
@@ -137,35 +120,39 @@ def comparison(
         tasks: for each task the name of its metric, and the scores of each method.
         one_class: for each task that has one, the score of answering the same class for every row.
     """
-    all_names = list(dict.fromkeys(name for _, methods in tasks.values() for name in methods))
-    counts = {len(values) for _, methods in tasks.values() for values in methods.values()}
+    names = list(dict.fromkeys(name for _, methods in tasks.values() for name in methods))
+    counts = sorted({len(values) for _, methods in tasks.values() for values in methods.values()})
+    labels = [wrapped(name) for name in names]
+    inches = np.array([0.16 + 0.18 * (1 + label.count("\n")) for label in labels])  # of each row
+    places = dict(zip(names, np.cumsum(inches) - inches / 2, strict=True))
     columns = min(3, len(tasks))
-
-    def labels(methods: Mapping[str, Sequence[float]]) -> list[str]:
-        return [wrapped(name if len(counts) == 1 else f"{name} (n={len(values)})") for name, values in methods.items()]
-
-    found = [labels(methods) for _, methods in tasks.values()]
-    lines = [sum(0.16 + 0.18 * (1 + label.count("\n")) for label in of_task) for of_task in found]
-    heights = [1.0 + max(lines[i : i + columns]) for i in range(0, len(lines), columns)]
-    widest = max(len(line) for of_task in found for label in of_task for line in label.split("\n"))
-    seeds = f"; n = {counts.pop()}" if len(counts) == 1 else ""
-    figure = _figure(columns * (3.2 + 0.08 * widest), 0.6 + sum(heights))
-    panels = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    rows = -(-len(tasks) // columns)
+    widest = max(len(line) for label in labels for line in label.split("\n"))
+    figure = new_figure(max(5.0, 3.2 * columns + 0.085 * widest), 0.6 + rows * (1.0 + inches.sum()))
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in panels.flat[len(tasks) :]:
         axes.set_visible(False)
-    for axes, of_task, (task, (metric, methods)) in zip(panels.flat, found, tasks.items(), strict=False):
-        for row, (name, values) in enumerate(methods.items()):
-            look = style(name, all_names)
-            axes.plot(values, [row] * len(values), linestyle="", marker=look["marker"], color=look["color"], alpha=0.4)
+    for axes, (task, (metric, methods)) in zip(panels.flat, tasks.items(), strict=False):
+        for name, y in places.items():
+            values, look = methods.get(name, ()), style(name, names)
+            if len(counts) > 1 or not values:
+                axes.text(1.01, y, f"n = {len(values)}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            if not values:
+                continue
+            axes.plot(values, [y] * len(values), linestyle="", marker=look["marker"], color=look["color"], alpha=0.4)
             deviation = np.std(values, ddof=1) if len(values) >= FEWEST_SEEDS else None
-            axes.errorbar(np.mean(values), row, xerr=deviation, fmt="|", color=look["color"], markersize=14, capsize=3)
-        axes.set_yticks(range(len(methods)), of_task)
-        axes.set_ylim(len(methods) - 0.5, -0.5)
+            axes.errorbar(np.mean(values), y, xerr=deviation, fmt="|", color=look["color"], markersize=14, capsize=3)
+        axes.set_yticks(list(places.values()), labels)
+        axes.set_ylim(inches.sum(), 0)
         axes.set_title(wrapped(task), fontsize=10)
-        _dress(axes)
-        axes.set_xlabel(metric + _chance(axes.axvline, axes.get_xlim, axes.set_xlim, (one_class or {}).get(task)))
+        dress(axes)
+        axes.set_xlabel(metric + draw_chance(axes.axvline, axes.get_xlim, axes.set_xlim, (one_class or {}).get(task)))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    _title(figure, title + seeds)
+    marks = "a dot is a seed" + (", a stroke their mean" if counts[-1] > 1 else "")
+    if counts[-1] >= FEWEST_SEEDS:
+        few = " of three seeds and more" if counts[0] < FEWEST_SEEDS else ""
+        marks += f", a bar one standard deviation{few}"
+    put_title(figure, f"{title}; {marks}; " + (f"n = {counts[0]}" if len(counts) == 1 else "n: the number of seeds"))
     return figure
 
 
@@ -175,27 +162,31 @@ def frontier(
     title: str,
     one_class: float | None = None,
 ) -> Figure:
-    """Metric against remaining parameters, a line a method.
+    """Metric against remaining parameters, a line a method whose points all differ in them.
 
     Args:
         points: (parameters, mean, deviation) of each method; the deviation is None where there are too few seeds.
         one_class: the score of answering the same class for every row.
     """
-    figure = _figure(6.6, 4.6)
+    figure = new_figure(6.6, 4.6)
     axes = figure.add_subplot()
     names = list(points)
-    drawn: list[float] = []
+    budgets = {name: {x for x, _, _ in values} for name, values in points.items()}
+    most = 1
     for name, values in points.items():
         x, mean, deviation = zip(*sorted(values, key=lambda point: point[:2]), strict=True)
         bars = None if None in deviation else deviation
-        # methods of one budget stand side by side, six points apart
-        aside = ScaledTranslation(max(map(drawn.count, x)) * 6 / 72, 0, figure.dpi_scale_trans)
-        drawn += x
+        look = style(name, names) | ({} if 1 < len(x) == len(budgets[name]) else {"linestyle": ""})
+        # methods of one budget stand side by side around it, six points apart
+        beside = [other for other in names if budgets[other] & budgets[name]]
+        most = max(most, len(beside))
+        aside = ScaledTranslation((beside.index(name) - (len(beside) - 1) / 2) * 6 / 72, 0, figure.dpi_scale_trans)
         axes.errorbar(x, mean, yerr=bars, label=wrapped(name), capsize=3, markersize=6,
-                      transform=axes.transData + aside, **style(name, names))  # fmt: skip
+                      transform=axes.transData + aside, **look)  # fmt: skip
     everything = [x for values in points.values() for x, _, _ in values]
     ends = [(x, y + sign * (d or 0.0)) for values in points.values() for x, y, d in values for sign in (-1, 1)]
     axes.plot(*zip(*ends, strict=True), linestyle="")  # no ink: what is set aside has no say in the limits
+    axes.margins(x=0.05 + most * 3 / 72 / 5)  # but has its room
     if min(everything) > 0 and max(everything) > 8 * min(everything):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -204,9 +195,9 @@ def frontier(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("parameters of the low-rank factors that remain (head not counted)")
-    _dress(axes)
-    axes.set_ylabel(metric + _chance(axes.axhline, axes.get_ylim, axes.set_ylim, one_class))
-    _legend(figure, title, names)
+    dress(axes)
+    axes.set_ylabel(metric + draw_chance(axes.axhline, axes.get_ylim, axes.set_ylim, one_class))
+    put_legend(figure, title, names)
     return figure
 
 
@@ -217,7 +208,7 @@ def stages(curves_: Mapping[str, Sequence[Mapping[str, Any]]], key: str, metric:
         curves_: for each seed its stages, each with `lambda`, `remaining` and `metrics`.
         key: name of the metric there; a score between 0 and 1.
     """
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     for i, (seed, curve) in enumerate(curves_.items()):
         look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "label": f"seed {seed}"}
@@ -225,17 +216,21 @@ def stages(curves_: Mapping[str, Sequence[Mapping[str, Any]]], key: str, metric:
         left.plot([stage["lambda"] for stage in curve], remaining, **look)
         right.plot(remaining, [100 * stage["metrics"][key] for stage in curve], **look)
     left.set_xlabel("threshold (sparse_lambda_2 of the stage)")
-    left.set_ylabel("remaining parameters")
+    left.set_ylabel("parameters of the factors that remain")
     left.xaxis.set_major_locator(MaxNLocator(nbins=5))
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     left.yaxis.set_major_formatter(EngFormatter(sep=""))
-    right.set_xlabel("remaining parameters (schedule runs from right to left)")
+    right.set_xlabel("parameters of the factors that remain\n(the schedule runs from right to left)")
     right.xaxis.set_major_locator(MaxNLocator(nbins=5))
     right.xaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_ylabel(metric)
-    _dress(left)
-    _dress(right)
-    _legend(figure, f"{title}: sparsifying schedule, a line a seed", [f"seed {seed}" for seed in curves_])
+    dress(left)
+    dress(right)
+    put_legend(
+        figure,
+        f"{title}: sparsifying schedule, a point at the end of each stage, a line a seed",
+        [f"seed {seed}" for seed in curves_],
+    )
     return figure
 
 
@@ -249,7 +244,7 @@ def tuning(
     """One panel a tuned flag: a dot a trial, a line through the means, a ring around the chosen value.
 
     A cross at the bottom is a trial without a score. The last panel has the best score to expect of so many trials, and
-    its deviation.
+    of few methods its deviation.
 
     Args:
         flags: for each flag and method the scores of its trials, by value as text.
@@ -257,10 +252,11 @@ def tuning(
         best: for each method mean and deviation of the best of 1, 2, ... trials.
     """
     names = list(best)
-    figure = _figure(1.0 + 4.6 * (len(flags) + 1), 4.4)
+    figure = new_figure(1.0 + 4.6 * (len(flags) + 1), 4.4)
     *panels, last = figure.subplots(1, len(flags) + 1, squeeze=False)[0]
     for axes, (flag, methods) in zip(panels, flags.items(), strict=True):
         place = _places(axes, [value for by_value in methods.values() for value in by_value])
+        lost: list[tuple[str, float]] = []
         for name, by_value in methods.items():
             look = style(name, names)
             dots, means = [], []
@@ -269,25 +265,33 @@ def tuning(
                 dots += [(place[value], score) for score in known]
                 means += [(place[value], float(np.mean(known)))] if known else []
                 if len(known) < len(by_value[value]):
-                    axes.plot(place[value], 0.02 + 0.03 * names.index(name), "x", color=look["color"], clip_on=False,
-                              transform=axes.get_xaxis_transform())  # fmt: skip
+                    lost.append((name, place[value]))
                 if value == chosen[name].get(flag) and known:
                     axes.plot(place[value], np.mean(known), "o", markersize=13, fillstyle="none", color=look["color"])
             axes.plot(*zip(*dots, strict=True), **{**look, "linestyle": "", "alpha": 0.4})
             axes.plot(*zip(*means, strict=True), **{**look, "marker": ""})
+        if lost:
+            low, high = axes.get_ylim()
+            axes.plot([x for _, x in lost], [0.5 * (low + high)] * len(lost), linestyle="")  # no ink: room for them
+            axes.set_ylim(low - 0.1 * (high - low), high)
+        for i, (name, x) in enumerate(lost):  # side by side, below the dots
+            aside = ScaledTranslation((sum(x == other for _, other in lost[:i])) * -7 / 72, 0, figure.dpi_scale_trans)
+            axes.plot(x, 0.04, "x", color=style(name, names)["color"], clip_on=False, markeredgewidth=2,
+                      transform=axes.get_xaxis_transform() + aside)  # fmt: skip
         axes.set_xlabel(shown(flag))
-        axes.set_ylabel(metric)
-        _dress(axes)
+        axes.set_ylabel(f"{metric}: trials")
+        dress(axes)
     for name, of_k in best.items():
         look, (mean, deviation) = style(name, names), np.transpose(of_k)
         last.plot(range(1, len(of_k) + 1), mean, label=wrapped(name), markersize=4, **look)
-        last.fill_between(range(1, len(of_k) + 1), mean - deviation, mean + deviation, color=look["color"], alpha=0.15,
-                          linewidth=0)  # fmt: skip
-    last.set_xlabel("number of trials")
+        if len(best) <= MOST_BANDS:
+            last.fill_between(range(1, len(of_k) + 1), mean - deviation, mean + deviation, color=look["color"],
+                              alpha=0.15, linewidth=0)  # fmt: skip
+    last.set_xlabel("number of trials" + (" (band: one standard deviation)" if len(best) <= MOST_BANDS else ""))
     last.set_ylabel(f"{metric}: best to expect")
     last.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _dress(last)
-    _legend(figure, title, names)
+    dress(last)
+    put_legend(figure, title, names)
     return figure
 
 
@@ -317,20 +321,23 @@ def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str
     """
     names = list(values)
     widest = max(len(line) for name in names for line in wrapped(name).split("\n"))
-    figure = _figure(9.4 + 0.085 * widest, max(4.4, 0.5 * len(names)))
+    figure = new_figure(9.4 + 0.085 * widest, max(4.4, 0.5 * len(names)))
     left, right = figure.subplots(1, 2)
     for name, (singular, _) in values.items():
-        drawn = np.maximum(singular, 1e-12)
+        drawn = np.where(singular > 1e-7 * singular.max(initial=0.0), singular, np.nan)  # what was pruned is 0
         left.semilogy(range(1, len(drawn) + 1), drawn, label=wrapped(name), markersize=4, **style(name, names))
     seen = np.concatenate([singular for singular, _ in values.values()])
     largest = float(seen.max(initial=0.0)) or 1.0
     smallest = float(seen.min(initial=largest, where=seen > 1e-4 * largest))
-    left.set_ylim(0.5 * smallest, 2 * largest)  # what was pruned is 0 and falls out below
+    left.set_ylim(0.5 * smallest, 2 * largest)
+    left.set_xlim(left=0.5)
     left.set_xlabel("index of the singular value")
     left.set_ylabel("singular value of the update, mean over matrices")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _dress(left)
-    boxes = right.boxplot([ranks for _, ranks in values.values()], orientation="horizontal", patch_artist=True)
+    dress(left)
+    boxes = right.boxplot(
+        [ranks for _, ranks in values.values()], orientation="horizontal", patch_artist=True, whis=(0, 100)
+    )
     for box, name in zip(boxes["boxes"], names, strict=True):
         box.set(facecolor=style(name, names)["color"], edgecolor=style(name, names)["color"], linewidth=2, alpha=0.6)
     for line in boxes["medians"]:
@@ -338,54 +345,7 @@ def spectra(values: Mapping[str, tuple[np.ndarray, Sequence[float]]], title: str
     right.set_yticks(range(1, len(names) + 1), [wrapped(name) for name in names])
     right.invert_yaxis()
     right.set_xlim(0, 1.05 * max([1.0, *(rank for _, ranks in values.values() for rank in ranks)]))
-    right.set_xlabel("effective rank of each matrix's update\n(exponential of the entropy)")
-    _dress(right)
-    _legend(figure, title, names)
+    right.set_xlabel("effective rank of each matrix's update\nbox: quartiles and median, whiskers: lowest and highest")
+    dress(right)
+    put_legend(figure, title, names)
     return figure
-
-
-def _dress(axes: Any) -> None:
-    axes.grid(alpha=0.3, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _chance(line: Any, limits: Any, set_limits: Any, score: float | None) -> str:
-    """Draw the score of answering one class for every row where it is near the data, and give it as words for the axis.
-
-    Farther away a line would squeeze what is to be compared.
-    """
-    if score is None:
-        return ""
-    low, high = limits()
-    if not low - 0.5 * (high - low) <= score <= high + 0.5 * (high - low):
-        return f"\none class for every row: {score:.1f}"
-    line(score, color="#555555", linestyle=(0, (1, 2)), linewidth=1.2, zorder=1)
-    margin = 0.04 * (high - low)
-    set_limits(min(low, score - margin), max(high, score + margin))
-    return f"\ndotted: one class for every row, {score:.1f}"
-
-
-def _title(figure: Figure, title: str) -> None:
-    """The title on as many lines as the width of the figure asks for."""
-    letters = max(20, int(13 * figure.get_figwidth()))
-    lines = [line for part in shown(title).split("\n") for line in textwrap.wrap(part, letters)]
-    figure.suptitle("\n".join(lines), fontsize=10)
-    figure.set_figheight(min(MOST_INCHES, figure.get_figheight() + 0.17 * (len(lines) - 1)))
-
-
-def _legend(figure: Figure, title: str, names: Sequence[str]) -> None:
-    """The title, and one legend below the panels: never over the data."""
-    _title(figure, title)
-    seen: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            seen.setdefault(label, handle)
-    order = [label for label in map(wrapped, names) if label in seen]
-    if not order:
-        return
-    longest = max(len(line) for label in order for line in label.split("\n"))
-    columns = max(1, min(len(order), int(figure.get_figwidth() / (0.7 + 0.075 * longest))))
-    lines = max(label.count("\n") + 1 for label in order) * math.ceil(len(order) / columns)
-    figure.set_figheight(min(MOST_INCHES, figure.get_figheight() + 0.19 * lines))
-    figure.legend([seen[label] for label in order], order, loc="outside lower center", ncols=columns, fontsize=8,
-                  frameon=False)  # fmt: skip

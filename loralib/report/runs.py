@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from loralib.report.figures import METHODS
 from loralib.report.results import check_results, read_results
+from loralib.report.style import METHODS
 
 # What a task's table shows; the first is the score that evaluations are chosen by, as in AdaLoRA's Table 1.
 METRICS = {
