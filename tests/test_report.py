@@ -531,6 +531,22 @@ def test_settings_that_do_nothing_are_not_shown(tmp_path: Path) -> None:
     assert lines["adalora"].endswith("| apply_adalora True, lora_type frd, mask_interval 10 |")
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_the_report_says_where_its_numbers_come_from(tmp_path: Path) -> None:
+    """Hours of all runs, machines, versions and commits, with files that were changed."""
+    cpu = {"gpus": [], "cpu": "Some CPU", "threads": 2}
+    same = {"versions": {"torch": "2.13.0"}, "total_seconds": 5400.0}
+    make_run(tmp_path / "a", "lora", seed=1, hardware=cpu, commit="0123456789abcdef", **same)
+    make_run(tmp_path / "b", "lora", seed=2, hardware={"gpus": ["H100"]}, commit="fedcba9876543210+changes", **same)
+    said = text_of(tmp_path).split("## Where the numbers come from\n\n")[1].split("\n\n")[0].splitlines()
+    assert said == [
+        "- 2 finished runs, trials included, took 3.0 hours in sum.",
+        "- Hardware: H100; Some CPU (threads: 2).",
+        "- Versions: torch 2.13.0.",
+        "- Commits: 0123456; fedcba9+changes.",
+    ]
+
+
 HOSTILE = r"$\frac{x <b>|`__init__` =cmd"
 
 

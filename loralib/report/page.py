@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from loralib.errors import InputError
 from loralib.report.differences import comparisons, difference_table, sentences
 from loralib.report.drawing import draw
 from loralib.report.latex import latex_table
-from loralib.report.runs import brief, frame, read
+from loralib.report.runs import Run, brief, frame, read
 from loralib.report.tables import (
     code,
     cost_table,
@@ -78,7 +78,7 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None,
     runs = frame(finals, selection)
     made, problems = draw(runs, selection, out, tuning)
     parts = ["# Results", *_results(runs, selection), *_tuned(tuning, len(found) - len(finals))]
-    parts += [*_costs(runs), *_beside(runs, selection, published)]
+    parts += [*_costs(runs), *_origin(found), *_beside(runs, selection, published)]
     if others:
         lines = (f"- {code(str(folder.relative_to(root)))}: {escape(reason)}" for folder, reason in others)
         parts += ["## Runs that do not count", "\n".join(lines)]
@@ -191,6 +191,10 @@ def _over_budget(runs: pd.DataFrame, selection: str) -> list[str]:
     return parts
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"the seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
 def _tuned(tuning: Mapping[str, Any] | None, trials: int) -> list[str]:
     if tuning is None:
         return []
@@ -200,8 +204,8 @@ def _tuned(tuning: Mapping[str, Any] | None, trials: int) -> list[str]:
     )  # fmt: skip
     text = (
         f"The numbers above are of the values below, with seeds that took no part in the choice; {trials} trials and "
-        f"runs with other values are left out. A value was chosen by the mean score of its trials with the seeds "
-        f"{', '.join(map(str, tuning['tune_seeds']))}. {fair}"
+        f"runs with other values are left out. A value was chosen by the mean score of its trials with "
+        f"{_seeds(tuning['tune_seeds'])}. {fair}"
     )
     expected = (
         "What the best of so many trials scores on average, over all subsets of the trials; a trial without a score "
@@ -222,6 +226,28 @@ def _costs(runs: pd.DataFrame) -> list[str]:
     parts = ["## Cost", text, cost_table(runs)]
     schedule = stage_table(list(runs["run"]))
     return [*parts, "## Sparsifying schedule", schedule] if schedule else parts
+
+
+def _origin(runs: Sequence[Run]) -> list[str]:
+    """Where the numbers come from: hours, machines, versions and commits, trials and other left-out runs included."""
+
+    def several(values: Iterable[object]) -> str:
+        return escape("; ".join(sorted({str(v) for v in values if v}))) or "not recorded"
+
+    def machine(hardware: Mapping[str, Any]) -> str:
+        gpus = hardware.get("gpus") or []
+        threads = hardware.get("threads")
+        return ", ".join(map(str, gpus)) or f"{hardware.get('cpu', '')}{f' (threads: {threads})' if threads else ''}"
+
+    versions = [run.data.get("versions") or {} for run in runs]
+    hours = sum(run.seconds or 0 for run in runs) / 3600
+    lines = [
+        f"- {len(runs)} finished runs, trials included, took {hours:.1f} hours in sum.",
+        f"- Hardware: {several(machine(run.data.get('hardware') or {}) for run in runs)}.",
+        f"- Versions: {several(', '.join(f'{k} {v}' for k, v in found.items()) for found in versions)}.",
+        f"- Commits: {several(re.sub('(?<=^.{7})[0-9a-f]+', '', run.data.get('commit') or '') for run in runs)}.",
+    ]
+    return ["## Where the numbers come from", "\n".join(lines)]
 
 
 def _measured(runs: pd.DataFrame) -> list[str]:
