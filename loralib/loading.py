@@ -2,31 +2,20 @@
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from loralib.adapt import adapt, is_lora, put_layers
-from loralib.adapters.exports import (
-    base_model,
-    check_shapes,
-    folded,
-    language_model,
-    other_base,
-    read_run,
-    tokenizer_folder,
-)
-from loralib.adapters.own import load_adapter, load_trained
+from loralib.adapt import is_lora
+from loralib.adapters.exports import language_model, read_run, restored, tokenizer_of
 from loralib.adapters.peft import PEFT_CONFIG, read_peft
-from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json, read_number
+from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json
 from loralib.adapters.start import output_layer
 from loralib.errors import InputError
-from loralib.layers import START, GatedLinear, LoRALinear, SVDLinear
+from loralib.layers import LoRALinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,12 +50,7 @@ def load(
     own = any((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_FILE))
     if own or (folder / PEFT_CONFIG).is_file():
         adapter = read_run(folder) if own else _of_peft(folder)
-        model, name, revision = base_model(adapter, base, _outputs(adapter))
-        if other_base(adapter, model):
-            raise InputError(
-                f"the weights of the base model {name} are not those that {folder} was trained on: give that by base=."
-            )
-        _put_in(model, adapter, layer)
+        model, name, revision = restored(adapter, base, layer, _outputs(adapter))
     elif any((folder / name).is_file() for name in WEIGHTS):
         model, name, revision = _whole(folder), str(folder), None
     else:
@@ -84,36 +68,6 @@ def _outputs(adapter: Adapter) -> int | None:
     """The number of outputs of an adapter's head: that of its last layer."""
     last = output_layer(adapter.rest)
     return None if last is None else int(adapter.rest[last[0]].shape[0])
-
-
-def _put_in(model: nn.Module, adapter: Adapter, layer: type[LoRALinear] | None) -> None:
-    """Put an adapter's layers into its base model, each with its own rank and the trained scaling."""
-    file, dropout = adapter.source / ADAPTER_CONFIG, adapter.config.get("lora_dropout", 0.0)
-    if layer is not None:
-        r, alpha = (read_number(adapter.config, key, file) for key in ("lora_r", "lora_alpha"))
-        adapt(model, layer, list(adapter.config["ranks"]), r=int(r), lora_alpha=alpha, lora_dropout=dropout)
-        load_adapter(model, adapter.source)
-        return
-    if adapter.config.get("low_rank") is not True:
-        raise InputError(
-            f"{adapter.source} was trained with a layer that defines its own delta_weight or changes the frozen "
-            "weights: give its class by layer=."
-        )
-    if any(key in START for tensors in adapter.matrices.values() for key in tensors):
-        adapter = folded(adapter)  # this computes the same on the base's own weights
-    check_shapes(adapter, dict(model.named_parameters()))
-    layers = {}
-    for name, tensors in adapter.matrices.items():
-        kind = SVDLinear if "lora_E" in tensors else GatedLinear if "lora_gate" in tensors else LoRALinear
-        linear, r, scaling = model.get_submodule(name), tensors["lora_A"].shape[0], adapter.scaling[name]
-        assert isinstance(linear, nn.Linear)
-        made = kind(linear, r=r, lora_alpha=adapter.config.get("lora_alpha", 1.0), lora_dropout=dropout)
-        if made.scaling != scaling:  # matrices had different alphas, or the scaling is of another form
-            made.lora_alpha *= scaling / made.scaling
-        layers[name] = made
-    put_layers(model, layers)
-    state = {f"{name}.{key}": t for name, tensors in adapter.matrices.items() for key, t in tensors.items()}
-    load_trained(model, state | adapter.rest, str(adapter.source), head_may_differ=not adapter.complete)
 
 
 def _whole(folder: Path) -> Any:
@@ -136,17 +90,8 @@ def _whole(folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path, name: str, revision: str | None, model: Any) -> Any:
-    """Load the tokenizer of the folder, of the run to which a checkpoint belongs, or of the base model."""
-    from transformers import AutoTokenizer
-
-    place = tokenizer_folder(folder)
-    source = str(place or os.path.expanduser(name))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=None if place else revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"no tokenizer loads from {folder} or {source} ({type(error).__name__}).") from error
-    if tokenizer.pad_token is None:  # base models of decoders lack it; the run's own tokenizer has it
-        tokenizer.pad_token = tokenizer.eos_token
+    """The tokenizer of a folder or of its base model; it cuts texts as the run did."""
+    tokenizer = tokenizer_of(folder, name, revision)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     for place in (folder, folder.parent):

@@ -25,6 +25,7 @@ from loralib.adapters.peft import export_peft
 from loralib.adapters.start import load_lora, read_adapter
 from loralib.errors import InputError
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
+from loralib.loading import load
 
 
 class Executed:
@@ -94,6 +95,7 @@ def test_a_damaged_adapter_is_one_sentence_that_names_the_file(tmp_path: Path, h
         ({"base_model": "a\0b"}, "base_model of 3 characters"),
         ({"base_model": ["a"]}, "names no base_model"),
         ({"lora_alpha": float("inf")}, "lora_alpha' = 'inf'"),
+        ({"lora_dropout": "a lot"}, "lora_dropout' = 'a lot'"),
         ({"lora_r": 1e12}, r"lora_r 1e\+12, and its factors have rank 4"),
     ],
 )
@@ -102,9 +104,13 @@ def test_a_strange_value_in_adapter_json_is_one_sentence(tmp_path: Path, change:
     make_run(tmp_path / "run", base)
     file = tmp_path / "run" / "adapter.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(InputError, match=said) as refused:
-        export_merged(tmp_path / "run", tmp_path / "out", layer=LoRALinear)
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+    for use in (
+        lambda run: export_merged(run, tmp_path / "out", layer=LoRALinear),
+        lambda run: load(run, layer=LoRALinear),
+    ):
+        with pytest.raises(InputError, match=said) as refused:
+            use(tmp_path / "run")
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
 def test_mixed_precision_is_read_and_floats_of_eight_bits_are_refused(tmp_path: Path) -> None:

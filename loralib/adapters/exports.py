@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loralib.adapt import adapt, adapted_layers
-from loralib.adapters.own import load_adapter, other_backbone, read_own
+from loralib.adapt import adapt, adapted_layers, put_layers
+from loralib.adapters.own import load_adapter, load_trained, other_backbone, read_own
 from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json, read_number
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
 from loralib.kernels.prepare import prepare_one_by_one
-from loralib.layers import DIAGONALS, START, LoRALinear
+from loralib.layers import DIAGONALS, START, GatedLinear, LoRALinear, SVDLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,23 +104,25 @@ def copy_config(adapter: Adapter, folder: Path) -> None:
     """
     if (adapter.source / "config.json").is_file():
         shutil.copyfile(adapter.source / "config.json", folder / "config.json")
-    if place := tokenizer_folder(adapter.source):
-        _read_tokenizer(str(place)).save_pretrained(folder)
+    if _tokenizer_folder(adapter.source):
+        tokenizer_of(adapter.source).save_pretrained(folder)
     else:
         logger.warning("no tokenizer is at %s, so the export has none: use that of the base model", adapter.source)
 
 
-def tokenizer_folder(source: Path) -> Path | None:
-    """The folder of a run's tokenizer: `source`, or for a checkpoint the output folder around it."""
+def _tokenizer_folder(source: Path) -> Path | None:
     places = [source, source.absolute().parent]
     return next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
 
 
-def _read_tokenizer(name: str, revision: str | None = None) -> Any:
+def tokenizer_of(source: Path, base: str = "", revision: str | None = None) -> Any:
+    """The tokenizer in a run's folder (of a checkpoint, in the folder around it), or else that of the base model."""
     from transformers import AutoTokenizer
 
+    place = _tokenizer_folder(source)
+    name = str(place or os.path.expanduser(base))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=None if place else revision)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no tokenizer loads from {name} ({type(error).__name__}).") from error
     if tokenizer.pad_token is None:  # base models of decoders lack it; the run's own tokenizer has it
@@ -141,38 +143,11 @@ def export_merged(
         InputError: the base model cannot be loaded, or does not fit.
     """
     adapter = read_run(run)
-    model, name, revision = base_model(adapter, base)
-    if other_base(adapter, model):
-        raise InputError(
-            f"the weights of the base model {name} are not those that {adapter.source} was trained on: give that model "
-            "by --base."
-        )
-    if layer is None:
-        adapter = folded(adapter)
-        own = dict(model.named_parameters())
-        check_shapes(adapter, own)
-        with torch.no_grad():
-            for matrix, m in adapter.matrices.items():
-                own[f"{matrix}.weight"].add_(m["lora_B"] @ m["lora_A"], alpha=adapter.scaling[matrix])
-            for key, value in adapter.rest.items():
-                own[key].copy_(value)
-    else:
-        r, alpha = (
-            read_number(adapter.config, key, adapter.source / ADAPTER_CONFIG) for key in ("lora_r", "lora_alpha")
-        )
-        held = {m["lora_A"].shape[0] for m in adapter.matrices.values()}
-        if r not in held and held:  # refused before a huge rank takes memory
-            raise InputError(
-                f"{adapter.source / ADAPTER_CONFIG} has lora_r {r:g}, and its factors have rank "
-                f"{', '.join(map(str, sorted(held)))}: they belong to different runs."
-            )
-        adapt(model, layer, list(adapter.config["ranks"]), r=int(r), lora_alpha=alpha)
-        load_adapter(model, adapter.source)
-        merge(model)
+    model, name, revision = restored(adapter if layer else folded(adapter), base, layer)
+    merge(model)
     if not language_model(model.config):
         _name_outputs(model.config, adapter)
-    place = tokenizer_folder(adapter.source)
-    tokenizer = _read_tokenizer(str(place)) if place else _read_tokenizer(os.path.expanduser(name), revision)
+    tokenizer = tokenizer_of(adapter.source, name, revision)
     with new_folder(Path(out)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -217,9 +192,56 @@ def language_model(source: Any) -> bool:
     return any(str(name).endswith("ForCausalLM") for name in architectures or ())
 
 
-def other_base(adapter: Adapter, model: nn.Module) -> bool:
-    """Whether an adapter was trained on another base model than this one."""
-    return other_backbone(adapter.config, adapter.rest, model)
+def restored(
+    adapter: Adapter, base: str | None, layer: type[LoRALinear] | None, outputs: int | None = None
+) -> tuple["PreTrainedModel", str, str | None]:
+    """The model that was trained: the base model (see `base_model`) with the adapter in it.
+
+    Each matrix has its own rank and the trained scaling. `layer` is the class of the adapted layers, needed if it has
+    its own `delta_weight`.
+
+    Raises:
+        InputError: as `base_model`; or the adapter was trained on another base model, or does not fit.
+    """
+    model, name, revision = base_model(adapter, base, outputs)
+    if other_backbone(adapter.config, adapter.rest, model):
+        raise InputError(
+            f"the weights of the base model {name} are not those that {adapter.source} was trained on: give that model "
+            "by --base (base= in Python)."
+        )
+    file, config = adapter.source / ADAPTER_CONFIG, {"lora_alpha": 1.0, "lora_dropout": 0.0} | adapter.config
+    alpha, dropout = (read_number(config, key, file) for key in ("lora_alpha", "lora_dropout"))
+    if layer is not None:
+        r, held = read_number(config, "lora_r", file), {m["lora_A"].shape[0] for m in adapter.matrices.values()}
+        if r not in held and held:  # refused before a huge rank takes memory
+            raise InputError(
+                f"{file} has lora_r {r:g}, and its factors have rank {', '.join(map(str, sorted(held)))}: they belong "
+                "to different runs."
+            )
+        adapt(model, layer, list(config["ranks"]), r=int(r), lora_alpha=alpha, lora_dropout=dropout)
+        load_adapter(model, adapter.source)
+        return model, name, revision
+    if config.get("low_rank") is not True:
+        raise InputError(
+            f"{adapter.source} was trained with a layer that defines its own delta_weight or changes the frozen "
+            "weights: give its class by layer=."
+        )
+    if any(key in START for tensors in adapter.matrices.values() for key in tensors):
+        adapter = folded(adapter)  # this computes the same on the base's own weights
+    check_shapes(adapter, dict(model.named_parameters()))
+    layers = {}
+    for matrix, tensors in adapter.matrices.items():
+        kind = SVDLinear if "lora_E" in tensors else GatedLinear if "lora_gate" in tensors else LoRALinear
+        linear, r, scaling = model.get_submodule(matrix), tensors["lora_A"].shape[0], adapter.scaling[matrix]
+        assert isinstance(linear, nn.Linear)
+        made = kind(linear, r=r, lora_alpha=alpha, lora_dropout=dropout)
+        if made.scaling != scaling:  # matrices had different alphas, or the scaling is of another form
+            made.lora_alpha *= scaling / made.scaling
+        layers[matrix] = made
+    put_layers(model, layers)
+    state = {f"{matrix}.{key}": t for matrix, tensors in adapter.matrices.items() for key, t in tensors.items()}
+    load_trained(model, state | adapter.rest, str(adapter.source), head_may_differ=not adapter.complete)
+    return model, name, revision
 
 
 def base_model(
