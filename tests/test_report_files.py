@@ -101,9 +101,28 @@ def test_latex_is_bold_where_the_paired_intervals_say_so(
     text_of(tmp_path)
     text = (tmp_path / "report.tex").read_text()
     assert re.findall(r"(\S+) & \\textbf", text) == ([bold] if bold else [])
-    assert r"lora & 51.33 $\pm$ 1.53" in text and text.count(r"\\") == 5
+    assert r"lora & 51.33$_{\pm 1.53}$" in text and text.count(r"\\") == 5
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
     assert ("over 3 seeds" in text) == (len(sora) == 3)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_latex_of_nine_tasks_stands_in_blocks_that_fit(tmp_path: Path) -> None:
+    """No block is wider than five numbers; a score of one class is marked; a metric that no run has is no column."""
+    for task in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"):
+        metric = {"cola": "matthews_correlation", "stsb": "combined_score"}.get(task, "accuracy")
+        more = {"eval_f1": 0.9} if task in ("mrpc", "qqp") else {}
+        score = 0.0 if task == "cola" else 0.8
+        make_run(tmp_path / task, "lora", task, accuracies=[score], metrics={f"eval_{metric}": score} | more)
+    text_of(tmp_path)
+    text = (tmp_path / "report.tex").read_text()
+    widths = [len(columns) - 1 for columns in re.findall(r"\\begin\{tabular\}\{(l\w+)\}", text)]
+    assert len(widths) > 1 and max(widths) <= 5 and sum(widths) == 11 and "mismatched" not in text
+    assert r"lora & 0.00$^\dagger$" in text and r"$\dagger$: the score of one answer for every row" in text
+    for head, rules, row in re.findall(r"\\toprule\n(.*)\n(.*)\nmethod.*\n\\midrule\n(lora.*)", text):
+        spans = [int(n) for n in re.findall(r"multicolumn\{(\d)\}", head)]
+        ends = [int(n) for n in re.findall(r"-(\d)\}", rules)]
+        assert ends == [1 + sum(spans[: i + 1]) for i in range(len(spans))] and row.count("&") == sum(spans)
 
 
 @settings(max_examples=100, deadline=None)

@@ -86,7 +86,7 @@ def difference_table(found: Sequence[Comparison]) -> str:
         p = "-" if np.isnan(one.p) else f"{one.p:.3f}"
         rows.append([escape(f"{one.task}, {one.name}"), str(one.n), *numbers, p, escape(one.verdict)])
     header = ["task, method", "pairs", "difference", "95 % interval", "p (Holm)", "against LoRA"]
-    return table(header, rows) if rows else ""
+    return table(header, rows, words_last=True) if rows else ""
 
 
 def sentences(found: Sequence[Comparison]) -> list[str]:

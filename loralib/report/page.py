@@ -135,9 +135,6 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     parts = [
         f"{len(runs)} finished runs. Model: {escape(_models(runs)) or '-'}. Scores in percent, mean ± standard "
         f"deviation over n seeds. Selection: **{selection}**, {SELECTIONS[selection]}.",
-        "## Settings",
-        "What each method was trained with; other settings are those that the methods of a task do not share.",
-        settings_table(runs),
         "## Scores",
         main_table(runs),
     ]
@@ -162,7 +159,8 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
         )
         said = "\n".join(f"- {escape(sentence)}" for sentence in sentences(found))
         parts += ["## Difference to LoRA", text, difference_table(found), said, limits]
-    return parts
+    text = "What each method was trained with; other settings are those that the methods of a task do not share."
+    return [*parts, "## Settings", text, settings_table(runs)]
 
 
 def _one_class(runs: pd.DataFrame) -> list[str]:

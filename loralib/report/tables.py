@@ -33,9 +33,14 @@ def code(text: str) -> str:
     return f"{fence}{pad}{one_line}{pad}{fence}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right. Cells are Markdown: `escape` what a user named."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], words_last: bool = False) -> str:
+    """A Markdown table, numbers to the right. Cells are Markdown: `escape` what a user named.
+
+    Args:
+        words_last: the last column has words, which begin on the left.
+    """
+    numbers = len(header) - 1 - words_last
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * numbers + ":---|" * words_last]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
@@ -137,7 +142,7 @@ def settings_table(runs: pd.DataFrame) -> str:
             cells = [brief(mine.get(k)) if mine.get(k) is not None else "-" for k in (*SHOWN, "effective_batch")]
             rows.append([escape(f"{task}, {name}"), *map(escape, cells), *counts, escape(own) or "-"])
     header = ["task, method", *SHOWN.values(), "batch", "training rows", "evaluation rows", "other settings"]
-    return table(header, rows)
+    return table(header, rows, words_last=True)
 
 
 def cost_table(runs: pd.DataFrame) -> str:

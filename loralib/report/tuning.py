@@ -72,7 +72,8 @@ def chosen_table(tuning: Mapping[str, Any]) -> str:
         score = f"{percent(choice['metric'], [choice['mean']])[0]:.2f}"
         rows.append([escape(f"{choice['task']}, {choice['method']}"), escape(values), str(len(choice["scores"])),
                      str(diverged), score, escape(edge)])  # fmt: skip
-    return table(["task, method", "chosen", "trials", "without a score", "mean score of the choice", "place"], rows)
+    header = ["task, method", "chosen", "trials", "without a score", "mean score of the choice", "place"]
+    return table(header, rows, words_last=True)
 
 
 def trials_are_equal(tuning: Mapping[str, Any]) -> bool:

@@ -17,12 +17,15 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
 p, li { max-width: 50rem; }
 .toc ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
 .toc > ul > li > a { display: none; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.wide { overflow-x: auto; margin: 1rem 0; background: no-repeat right / 3rem 100% local
+  linear-gradient(to left, #fff 40%, #fff0), no-repeat right / 1rem 100% linear-gradient(to left, #0004, #0000); }
+table { border-collapse: separate; border-spacing: 0; font-size: .875rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 th, td { white-space: nowrap; padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 thead th { border-bottom: 2px solid #555; vertical-align: bottom; }
-td:last-child, td:first-child { white-space: normal; }
+td:first-child { white-space: normal; min-width: 9rem; }
+td[style*=left] { white-space: normal; overflow-wrap: anywhere; min-width: 16rem; }
 tbody tr:hover td { background: #f3f6fa; }
 th button { all: unset; cursor: pointer; }
 th button:focus-visible { outline: 2px solid #0072B2; }
