@@ -152,3 +152,40 @@ def test_tensorboard_has_each_matrix_and_the_heatmap(finished: Path) -> None:
     assert [e.step for e in events.Images("Watch/ranks")] == [6, 12]
     matrices = [tag for tag in events.Tags()["scalars"] if tag.startswith("EffectiveRank/")]
     assert len(matrices) == 12 and "Watch/rank_total" in events.Tags()["scalars"]
+
+
+def test_at_the_end_every_number_is_of_the_best_model(inputs: Path, tmp_path: Path) -> None:
+    """eval_*, heldout_*, ranks, counts and predictions are those that an evaluation of its checkpoint has."""
+    best = "--load_best_model_at_end --metric_for_best_model loss --save_strategy epoch --do_predict --heldout_split 3"
+    schedule = "--num_train_epochs 4 --init_warmup 2 --final_warmup 16 --mask_interval 4"
+    out = train(inputs, tmp_path / "out", f"{best} {schedule}")
+    run = json.loads((out / "run.json").read_text())
+    during = {e["step"]: e for e in reversed(run["history"]) if "eval_loss" in e}
+    step = min((12, 18, 24), key=lambda step: during[step]["eval_loss"])  # at step 6 the budget is not the target yet
+    assert step != 24, "the last model is the best one here, so that this test tells nothing"
+
+    alone = tmp_path / "alone"
+    load("AdaLoRA/run_glue.py").main(
+        f"--model_name_or_path {inputs / 'model'} --dataset_name {inputs / 'mrpc'} --output_dir {alone} --do_eval "
+        f"--do_predict --heldout_split 3 --max_seq_length 24 --lora_path {out / f'checkpoint-{step}'} --apply_lora "
+        "--lora_type svd --lora_r 4 --lora_alpha 8 --use_cpu --disable_tqdm 1 --report_to none".split()
+    )
+    same = json.loads((alone / "run.json").read_text())
+    for record in (run["metrics"], run["heldout"]):
+        expected = same["metrics"] if record is run["metrics"] else same["heldout"]
+        for name in ("eval_loss", "eval_accuracy", "eval_f1", "heldout_loss", "heldout_accuracy", "heldout_f1"):
+            if name in record:
+                assert record[name] == pytest.approx(expected[name]), name
+    assert {"heldout_loss", "heldout_f1"} <= run["heldout"].keys()
+    assert run["parameters"]["remaining"] == same["parameters"]["remaining"]
+    assert {k: m["rank"] for k, m in run["parameters"]["modules"].items()} == run["ranks"]
+    predicted = "predict_results_mrpc.txt"
+    assert (out / predicted).read_text() == (alone / predicted).read_text()
+
+    *_, scores, heldout = [e for e in run["history"] if "eval_loss" in e or "heldout_loss" in e]
+    assert scores["eval_loss"] == run["metrics"]["eval_loss"]
+    assert heldout["heldout_loss"] == run["heldout"]["heldout_loss"]
+    assert scores["model_of_step"] == heldout["model_of_step"] == step and scores["step"] == heldout["step"] == 24
+    seen = next(e for e in run["history"] if e["step"] == step and "rank_total" in e)
+    for name in ("rank_total", "remaining", "effective_rank", "budget", "rank_nonzero", "remaining_nonzero"):
+        assert heldout[name] == pytest.approx(seen[name]), name

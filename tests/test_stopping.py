@@ -133,6 +133,20 @@ def test_without_an_evaluation_at_the_target_the_best_one_is_over_budget(tmp_pat
     assert "it is over budget" in caplog.text and said in caplog.text
 
 
+@pytest.mark.parametrize(("best", "loaded"), [(6, 4), (2, 16)])
+def test_a_best_evaluation_without_a_checkpoint_is_reported(
+    best: int, loaded: int, tmp_path: Path, caplog: Any
+) -> None:
+    """Every second evaluation has a checkpoint: the model that is loaded is not that of the best evaluation."""
+    scores = dict.fromkeys(range(17), 0.3) | ({4: 0.8} if best == 6 else {}) | {best: 0.9}
+    run = best_of(tmp_path, scores, final_phase=0, save_steps=4, save_total_limit=None)
+    assert (run.state.best_global_step, run.loaded_step()) == (best, loaded)
+    said = f"the best evaluation was that of step {best}, but no checkpoint of that step is here: the result is the mod"
+    assert said in caplog.text and f"model of step {loaded}; save as often as you evaluate" in caplog.text
+    if loaded == 4:
+        assert "the model of step 4 has" in caplog.text
+
+
 # ---- from a user's seat ----
 
 

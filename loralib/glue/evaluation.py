@@ -15,6 +15,8 @@ from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
 
+# What `EvaluationCallback.look` adds to the history.
+LOOKED = ("rank_total", "remaining", "effective_rank", "budget", "rank_nonzero", "remaining_nonzero")
 HELDOUT = "heldout"  # key of the half in `GlueData.evals`, and prefix of its metrics
 
 
@@ -48,17 +50,27 @@ class EvaluationCallback(TrainerCallback):
     def __init__(self, trainer: LoRATrainer, heldout: Dataset | None) -> None:
         self.trainer, self.heldout = trainer, heldout
         self.seen = -1  # step of the last evaluation: the final one of a run often repeats it
+        self.model_of_step: int | None = None  # step of the best model, if it was loaded in place of the last one
         self.heldout_metrics: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A run that goes on from a checkpoint finds in its history what it has seen."""
+        self.model_of_step = None
         for entry in state.log_history:
             if any(name.startswith("eval_") for name in entry):
                 self.seen = entry["step"]
             heldout = {name: value for name, value in entry.items() if name.startswith(f"{HELDOUT}_")}
             self.heldout_metrics = heldout or self.heldout_metrics
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """With --load_best_model_at_end the model is now that of an earlier step, which has to be evaluated again."""
+        if (loaded := self.trainer.loaded_step()) != state.global_step:
+            self.model_of_step, self.seen = loaded, -1
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        of_step = {} if self.model_of_step is None else {"model_of_step": self.model_of_step}
+        if of_step and state.log_history:
+            state.log_history[-1] |= of_step  # the stock Trainer has just added eval_* under the last step
         if state.global_step == self.seen:
             return
         self.seen = state.global_step
@@ -67,9 +79,14 @@ class EvaluationCallback(TrainerCallback):
             self.heldout_metrics = dict(self.trainer.predict(self.heldout, metric_key_prefix=HELDOUT).metrics or {})
             entry |= self.heldout_metrics
         if state.is_world_process_zero:
-            entry |= self.look()
+            entry |= self.look() if self.model_of_step is None else self._looked(state.log_history)
             if entry:
-                state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
+                state.log_history.append({**entry, **of_step, "epoch": state.epoch, "step": state.global_step})
+
+    def _looked(self, history: list[dict[str, Any]]) -> dict[str, float]:
+        """What `look` returned at the step of the best model: a method's own state is still that of the last step."""
+        then = next((e for e in history if e.get("step") == self.model_of_step and "rank_total" in e), {})
+        return {name: then[name] for name in LOOKED if name in then}
 
     def look(self) -> dict[str, float]:
         """Numbers of all adapted matrices together; TensorBoard also gets each matrix's and the heatmap.

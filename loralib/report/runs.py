@@ -93,13 +93,15 @@ class Run:
         """One entry an evaluation: step, epoch, eval_*, heldout_*, and what was watched; over all stages.
 
         The first entry of a step counts: what follows at the end of a run repeats it, or is MNLI's mismatched half.
+        An entry with `model_of_step` evaluates the best model again, which --load_best_model_at_end has loaded.
         """
         found: list[dict[str, Any]] = []
         step = epoch = 0.0
         for record in [*self.stages, self.data]:
             by_step: dict[int, dict[str, Any]] = {}
             for entry in record.get("history", []):
-                if any(k.startswith(("eval_", "heldout_", "rank_total")) for k in entry):
+                watched = any(k.startswith(("eval_", "heldout_", "rank_total")) for k in entry)
+                if watched and "model_of_step" not in entry:
                     known = by_step.setdefault(entry.get("step", 0), {})
                     known |= {k: v for k, v in entry.items() if k not in known}
             for entry in by_step.values():

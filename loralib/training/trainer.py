@@ -159,19 +159,38 @@ class LoRATrainer(WithPenalty, ExactResume):
             super()._load_best_model()
         else:
             load_adapter(self.model, str(self.state.best_model_checkpoint))
+        loaded, best, name = self.loaded_step(), self.state.best_global_step, self.args.metric_for_best_model
         for piece in self._allocators():
-            step, name = self.state.best_global_step, self.args.metric_for_best_model
-            if piece.at_target(step):
-                logger.info("best %s at the target budget: %s, at step %s", name, self.state.best_metric, step)
+            if piece.at_target(loaded):
+                if loaded == best:
+                    logger.info("best %s at the target budget: %s, at step %s", name, self.state.best_metric, best)
             else:
                 logger.warning(
-                    "no evaluation was made at the target budget, so the best one of all is taken, and it is over "
-                    "budget: the model of step %s has %d singular values, the target is %d; raise --final_warmup or "
-                    "evaluate more often",
-                    step,
+                    "no evaluation with a checkpoint was made at the target budget, so the best one of all is taken, "
+                    "and it is over budget: the model of step %s has %d singular values, the target is %d; raise "
+                    "--final_warmup or evaluate and save more often",
+                    loaded,
                     sum(piece.ranks().values()),
                     piece.target_total,
                 )
+
+    def loaded_step(self) -> int:
+        """The step whose model a finished training has: with --load_best_model_at_end that of the checkpoint that was
+        loaded, otherwise the last step."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._finalize_training(*args, **kwargs)
+        best, loaded = self.state.best_global_step, self.loaded_step()
+        if self.args.load_best_model_at_end and best not in (None, loaded):
+            logger.warning(
+                "the best evaluation was that of step %s, but no checkpoint of that step is here: the result is the "
+                "model of step %s; save as often as you evaluate (--save_steps)",
+                best,
+                loaded,
+            )
+        return found
 
     # ---- the best model ----
 
