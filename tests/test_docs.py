@@ -31,7 +31,7 @@ PAGES = sorted(page for page in PAGES if not page.parent.name.startswith("."))
 METHODS = {"AdaLoRA": "AdaLoRAArguments", "SoRA": "SoRAArguments", "RM-LoRA": "RMLoRAArguments"}
 OTHER_PROGRAMS = set("cd conda docker export git kill nvidia-smi pip pre-commit ray source tensorboard".split())
 # Flags of TensorBoard and Slurm, and the abbreviation that the paper's commands use.
-OTHER_FLAGS = {"--logdir", "--requeue", "--signal", "--logging_step"}
+OTHER_FLAGS = {"--logdir", "--requeue", "--signal", "--exclusive", "--logging_step"}
 
 
 def name_of(page: Path) -> str:
