@@ -709,6 +709,13 @@ def all_figures() -> dict[str, Any]:
         "small heatmap": figures.rank_heatmap(
             {"model.0.dense": 2.0}, "rte, sora: rank left of 8\nmean of 2 seed(s)", 8
         ),
+        "heatmap with lines": figures.rank_heatmap(
+            {f"model.{i}.{kind}": 2.0 for i in range(2) for kind in KINDS},
+            "rte, adalora: a title " * 4,
+            8,
+            {"accuracy (%)": (x, [80.0] * 20, np.ones(20)), "ranks kept, all matrices": (x, x, np.ones(20))},
+            "adalora",
+        ),
         "curves": figures.curves({"accuracy (%)": bands, "validation loss": bands}, "epoch", "rte: mean over seeds"),
         "comparison": figures.comparison({t: ("accuracy (%)", dots) for t in ("rte", "mrpc", "mnli", "cola")}, "dots"),
         "one task": figures.comparison({"rte": ("accuracy (%)", {"lora": [80.0]})}, "a title that is " * 9, {"rte": 5}),
@@ -729,6 +736,7 @@ def all_figures() -> dict[str, Any]:
     [
         "heatmap",
         "small heatmap",
+        "heatmap with lines",
         "curves",
         "comparison",
         "one task",
@@ -863,7 +871,8 @@ def test_a_grid_of_many_points_has_a_figure_a_method(tmp_path: Path) -> None:
 def test_counts_begin_at_zero_and_what_is_not_zero_is_drawn_only_where_it_differs(tmp_path: Path) -> None:
     band = ([1, 2], [288.0, 280.0], [0.0, 0.0])
     figure = figures.curves({"ranks": {"adalora": band, "adalora (nonzero)": band}}, "step", "t", None, True)
-    assert figure.axes[0].get_ylim()[0] == 0 and [t.get_text() for t in figure.legends[0].get_texts()] == ["adalora"]
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0 and high > 300 and [t.get_text() for t in figure.legends[0].get_texts()] == ["adalora"]
     drawn: dict[str, tuple[Any, ...]] = {}
     folder = drawing.Folder(tmp_path)
     folder.save = lambda name, draw, *arguments: drawn.update({name: arguments})  # type: ignore[method-assign]

@@ -140,7 +140,7 @@ def _draw_task(
         stages = {str(run.seed): run.data["stages"] for run in of if run.data.get("stages")}
         if stages and len(stages) == len(of):
             folder.save(f"lambda_{task}_{name}", figures.stages, stages, f"eval_{metric}", label, f"{task}, {name}")
-        _draw_ranks(folder, task, name, of)
+        _draw_ranks(folder, task, name, of, metric, label)
 
 
 def _parts(mine: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
@@ -227,15 +227,20 @@ def frontier_points(
     return points
 
 
-def _draw_ranks(folder: Folder, task: str, name: str, runs: Sequence[Run]) -> None:
+def _draw_ranks(folder: Folder, task: str, name: str, runs: Sequence[Run], metric: str, label: str) -> None:
     ranks = pd.DataFrame([run.ranks for run in runs], dtype=float)  # (runs, modules)
     pruned = any(len(set(run.ranks.values())) > 1 for run in runs)
     if ranks.empty or not (runs[0].method in ("adalora", "sora") or pruned):
         return
     mean = ranks.mean().to_dict()
     most = float(runs[0].arguments.get("lora_r") or max(mean.values()))
-    title = f"{task}, {name}: rank left of each matrix, of {most:.0f}\n{_over_seeds({name: runs}).partition(',')[0]}"
-    folder.save(f"ranks_{task}_{name}", figures.rank_heatmap, mean, title, most)
+    factor = 1 if metric in SMALLER_IS_BETTER else 100
+    found = {label: band(runs, f"eval_{metric}", "step", factor),
+             "ranks kept, all matrices": band(runs, "rank_total", "step", 1)}  # fmt: skip
+    lines = {quantity: line for quantity, line in found.items() if line is not None}
+    title = f"{task}, {name}: rank left of each matrix, of {most:.0f}"
+    title += f", and validation score and ranks over training; {_over_seeds({name: runs})}" if lines else ""
+    folder.save(f"ranks_{task}_{name}", figures.rank_heatmap, mean, title, most, lines, name)
 
 
 def _draw_spectra(folder: Folder, file: str, what: str, runs: Mapping[str, Sequence[Run]]) -> None:

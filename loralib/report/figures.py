@@ -15,6 +15,7 @@ from loralib.report.style import (
     MARKERS,
     NONZERO,
     PALETTE,
+    begin_at_zero,
     draw_chance,
     dress,
     new_figure,
@@ -48,24 +49,44 @@ def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[int], np.ndar
     return kinds, layers, values
 
 
-def rank_heatmap(ranks: Mapping[str, float], title: str, most: float) -> Figure:
-    """Layer x module: what is left of each matrix's rank, 0 to `most`, with the number in each cell."""
+def rank_heatmap(
+    ranks: Mapping[str, float], title: str, most: float, lines: Mapping[str, Band] | None = None, name: str = ""
+) -> Figure:
+    """Layer x module: what is left of each matrix's rank, 0 to `most`, with the number in each cell.
+
+    Args:
+        lines: quantities over the optimizer steps, each in a panel on the right.
+        name: the method, for their colour.
+    """
     kinds, layers, values = rank_grid(ranks)
-    figure = new_figure(3.2 + 0.52 * len(layers), 1.7 + 0.42 * len(kinds))
-    axes = figure.add_subplot()
+    lines = lines or {}
+    width, height = 3.2 + 0.52 * len(layers), 1.7 + 0.42 * len(kinds)
+    figure = new_figure(width + (4.0 if lines else 0.0), max(height, 1.9 * len(lines)))
+    grid = figure.add_gridspec(max(1, len(lines)), 1 + bool(lines), width_ratios=[width, 4.0][: 1 + bool(lines)])
+    axes = figure.add_subplot(grid[:, 0])
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=most, aspect="auto")
     if len(layers) <= MOST_CELLS:
         axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     if len(kinds) <= MOST_CELLS:
         axes.set_yticks(range(len(kinds)), [shown(kind) for kind in kinds])
     axes.set_xlabel("layer")
-    axes.set_title(shown(title), fontsize=10, loc="left", wrap=True)
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value) and max(len(kinds), len(layers)) <= MOST_CELLS:
             text = f"{value:.0f}" if value == round(value) else f"{value:.1f}"
             ink = "white" if value < 0.6 * most else "black"
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
     figure.colorbar(image, ax=axes, label="rank left", ticks=MaxNLocator(integer=True, nbins=5))
+    for place, (label, (x, mean, deviation)) in enumerate(lines.items()):
+        panel, look = figure.add_subplot(grid[place, 1]), style(name, [name])
+        panel.plot(x, mean, linewidth=2, **look)
+        low, high = np.subtract(mean, deviation), np.add(mean, deviation)
+        panel.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        begin_at_zero(panel)
+        panel.set_ylabel(label)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        panel.set_xlabel("optimizer step" if place == len(lines) - 1 else "")
+        dress(panel)
+    put_title(figure, title)
     return figure
 
 
@@ -103,7 +124,7 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         dress(axes)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            begin_at_zero(axes)
         axes.set_ylabel(label + draw_chance(axes.axhline, axes.get_ylim, axes.set_ylim, (one_class or {}).get(label)))
     put_legend(figure, title, names)
     return figure

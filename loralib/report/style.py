@@ -66,6 +66,12 @@ def dress(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def begin_at_zero(axes: Any) -> None:
+    """Let the y axis begin at 0, or below where the data do, and end above the data."""
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(min(0.0, low), high + 0.07 * (high - min(0.0, low)))
+
+
 def draw_chance(line: Any, limits: Any, set_limits: Any, score: float | None) -> str:
     """Draw the score of answering one class for every row where it is near the data, and give it as words for the axis.
 
