@@ -19,7 +19,7 @@ class RankAllocator:
     Args:
         source: a model adapted with `SVDLinear`, or the `Factors` of another library's triplets; all have the same r.
         target_rank: average number of singular values that a matrix keeps, 1 <= target_rank < r.
-        target_total_rank: number of singular values that all matrices keep together; if both are given, they must agree.
+        target_total_rank: number of singular values that all matrices keep together; both, if given, must agree.
         init_warmup: steps at the start without a mask (paper: t_i); below 1 a fraction of all steps.
         final_warmup: steps at the end with the target budget (paper: t_f); below 1 a fraction of all steps.
         mask_interval: steps from one mask to the next between the two warm-ups (paper: Delta_T).
