@@ -48,10 +48,9 @@ class AdaLoRAArguments(LoRAArguments):
     beta1: float = flag(0.85, "beta_1: decay of the average of importance.")
     beta2: float = flag(0.85, "beta_2: decay of the average of its uncertainty.")
     tb_writter_loginterval: int | None = flag(
-        None,
-        "Steps between entries of budget and ranks in TensorBoard; logging_steps where not given.",
+        None, "Steps between entries of budget and ranks in TensorBoard; logging_steps where not given.",
         aliases=["--tb_writer_loginterval"],
-    )
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,10 +77,10 @@ class AdaLoRAArguments(LoRAArguments):
                 raise InputError(f"{name} is {value:g}, it must be {least} or more.")
         for name in ("init_warmup", "final_warmup"):
             value = getattr(self, name)
-            if value >= 1 and value != int(value):
-                raise InputError(f"{name} is {value:g}, it must be a whole number of steps, or a fraction below 1.")
             if value == int(value):
                 setattr(self, name, int(value))
+            elif value > 1:
+                raise InputError(f"{name} is {value:g}, it must be a whole number of steps, or a fraction below 1.")
         if self.target_rank is not None and not 1 <= self.target_rank < self.lora_r:
             raise InputError(
                 f"target_rank is {self.target_rank}, it must lie in 1 to {self.lora_r - 1}, below lora_r = "

@@ -1,6 +1,5 @@
 """`load` and `predict` for programs in Python: a trained folder as a model, and labels and scores for texts."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,10 @@ import torch
 from loralib.adapt import is_lora
 from loralib.adapters.exports import language_model, read_run, restored, tokenizer_of
 from loralib.adapters.peft import PEFT_CONFIG, read_peft
-from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json
+from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter
 from loralib.adapters.start import output_layer
 from loralib.errors import InputError
+from loralib.jsonfile import find_json, read_json
 from loralib.layers import LoRALinear
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def _tokenizer(folder: Path, name: str, revision: str | None, model: Any) -> Any
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     for place in (folder, folder.parent):
-        try:
-            length = json.loads((place / "run.json").read_text())["arguments"]["max_seq_length"]
-        except (OSError, ValueError, KeyError, TypeError):
+        arguments = (find_json(place / "run.json") or {}).get("arguments")
+        if not isinstance(arguments, dict):
             continue
+        length = arguments.get("max_seq_length")
         if isinstance(length, int) and 0 < length < tokenizer.model_max_length:
             logger.info("texts are cut to %d tokens, the max_seq_length of the run", length)
             tokenizer.model_max_length = length

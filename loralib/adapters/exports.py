@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from loralib.adapt import adapt, adapted_layers, put_layers
 from loralib.adapters.own import load_adapter, load_trained, other_backbone, read_own
-from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_json, read_number
+from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_number
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
+from loralib.jsonfile import read_json
 from loralib.kernels.prepare import prepare_one_by_one
 from loralib.layers import DIAGONALS, START, GatedLinear, LoRALinear, SVDLinear
 

@@ -15,13 +15,13 @@ from loralib.adapters.reading import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     Adapter,
-    read_json,
     read_number,
     read_state,
     split_state,
 )
 from loralib.adapters.writing import FORMAT_VERSION, write_json, write_tensors
 from loralib.errors import InputError
+from loralib.jsonfile import read_json
 from loralib.layers import DIAGONALS, START, LoRALinear
 
 METHOD_STATE = "method_state.safetensors"

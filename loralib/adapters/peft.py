@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 from loralib.adapters.exports import copy_config, folded, read_run
-from loralib.adapters.reading import PEFT_FILES, Adapter, read_json, read_number, read_state, split_state
+from loralib.adapters.reading import PEFT_FILES, Adapter, read_number, read_state, split_state
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
+from loralib.jsonfile import read_json
 
 PEFT_CONFIG = "adapter_config.json"
 # Settings with which PEFT's LoRA computes more than W + scaling B A; then the starts that do not change W.

@@ -1,6 +1,5 @@
 """The reader of foreign files: state dicts and JSON objects become an `Adapter`. No file can make it execute code."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -77,16 +76,6 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
                 "in float32, bfloat16 or float16."
             )
     return state
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON ({type(error).__name__}): is it cut off?") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} must hold one JSON object, it holds a {type(value).__name__}.")
-    return value
 
 
 def read_number(config: Mapping[str, Any], key: str, file: Path, least: float = 0.0) -> float:

@@ -1,6 +1,5 @@
 """The model card of a run, made from `run.json` alone, and the one upload of `--push_to_hub`."""
 
-import json
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from loralib.adapters.writing import write_file, write_json
 from loralib.errors import InputError, RunError
 from loralib.glue.record import RUN_FILE
 from loralib.glue.tasks import GLUE
+from loralib.jsonfile import read_json
 from loralib.secrets import hide, remember_command
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def write_card(folder: str | Path) -> None:
     if card.exists() and not is_card(card):
         logger.warning("%s is not a card of this program and stays as it is; run.json holds the same facts", card)
         return
-    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    run = read_json(folder / RUN_FILE)
     write_file(card, card_text(run, folder.absolute().name).encode())
 
 
@@ -271,7 +271,7 @@ def _gather(folder: Path, patterns: Sequence[str], public: Path) -> None:
         place = public / file.relative_to(folder)
         place.parent.mkdir(exist_ok=True)
         if place.parent == public and file.name in (RUN_FILE, ADAPTER_CONFIG):
-            write_json(place, _without_paths(json.loads(file.read_text(encoding="utf-8"))))
+            write_json(place, _without_paths(read_json(file)))
         else:
             place.symlink_to(file.absolute())
 

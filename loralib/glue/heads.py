@@ -4,7 +4,6 @@ The order is decided by the first of these that exists: the config.json of the c
 the model's config, the task.
 """
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from loralib.glue.cells import listed
 from loralib.glue.data import GlueData
 from loralib.glue.flags import ModelArguments
 from loralib.glue.tasks import GLUE, Task
+from loralib.jsonfile import find_json
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def trained_head(model: ModelArguments, lora_path: str | None, checkpoint: str |
     """
     if checkpoint is not None:
         file = Path(checkpoint) / "config.json"
-        config = _json_object(file)
+        config = find_json(file)
         if config is not None:
             return replace(head_of_config(config, str(file)), resumed=True)
     if lora_path:
@@ -116,7 +116,7 @@ def head_of_adapter(adapter: Adapter) -> TrainedHead | None:
             )
         names = tuple(told) if told else None
         return TrainedHead(file, names, task, TWICE if names is not None and len({*names}) < number else None)
-    beside = _json_object(adapter.source / "config.json") if adapter.source.is_dir() else None
+    beside = find_json(adapter.source / "config.json") if adapter.source.is_dir() else None
     if beside is not None:
         found = head_of_config(beside, str(adapter.source / "config.json"))
         if len(found.label_names or "x") == number:
@@ -145,7 +145,7 @@ def head_of_model(model: ModelArguments) -> TrainedHead | None:
     head = head_of_config(named, f"the config of {model.config_name or model.model_name_or_path}")
     if not classifies and (head.label_names is None or unnamed_labels(head.label_names)):
         return None  # a config that names labels is taken for that of a classifier, whatever else it lacks
-    record = _json_object(Path(name) / "run.json") or {}
+    record = find_json(Path(name) / "run.json") or {}
     return replace(head, task=head.task or (record["task"] if isinstance(record.get("task"), str) else None))
 
 
@@ -173,14 +173,6 @@ def head_of_config(config: Mapping[str, Any], source: str) -> TrainedHead:
     regression = len(ordered) == 1 and unsupported is None
     task = task if isinstance(task, str) else None
     return TrainedHead(source, None if regression else ordered, task, unsupported)
-
-
-def _json_object(file: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 # ---- bring the data into the head's order ----

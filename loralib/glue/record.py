@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import transformers
 from loralib.adapt import parameters
 from loralib.adapters.writing import write_json
 from loralib.glue.machine import git_commit, hardware, versions
+from loralib.jsonfile import find_json
 from loralib.secrets import hide, is_secret
 from loralib.training.trainer import LoRATrainer
 
@@ -64,11 +64,7 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
 
 def record_of(folder: Path) -> dict[str, Any]:
     """The `run.json` of a folder; {} where there is none, or the file is no record."""
-    try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return find_json(folder / RUN_FILE) or {}
 
 
 def flags_of(part: Any) -> dict[str, Any]:

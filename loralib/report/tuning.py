@@ -1,12 +1,12 @@
 """What a sweep tuned: its record, which runs are final ones, the values chosen, and the best score to expect."""
 
-import json
 from collections.abc import Mapping, Sequence
 from math import comb, sqrt
 from pathlib import Path
 from typing import Any
 
 from loralib.errors import InputError
+from loralib.jsonfile import read_json
 from loralib.report.runs import SMALLER_IS_BETTER, Run, name_variants
 from loralib.report.tables import escape, percent, table
 
@@ -27,16 +27,29 @@ def read_tuning(root: Path) -> dict[str, Any] | None:
     file = root / TUNING_FILE if root.is_dir() else file_beside(root)
     if not root.is_dir() and not file.exists():
         file = root.parent / TUNING_FILE
+    return read_record(file)
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A record of a tuning; None where there is none.
+
+    Raises:
+        InputError: it is cut short or not one of this project's.
+    """
+    if not file.exists():
+        return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         for choice in found["choices"]:
+            _ = choice["task"], choice["method"], [dict(score["values"]) for score in choice["scores"]]
             if not choice["scores"] or not isinstance(choice["values"], dict):
                 raise ValueError
-        return {**found, "tune_seeds": list(found["tune_seeds"]), "seeds": list(found["seeds"])}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} is no record of a tuning: remove it, or run the sweep again.") from error
+        lists = {name: list(found[name]) for name in ("tune_seeds", "seeds")}
+        return {**found, **lists, "selection": found["selection"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is no record of a tuning: remove it and run the sweep again, or name another --output."
+        ) from error
 
 
 def final_runs(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loralib.errors import InputError
+from loralib.jsonfile import find_json
 from loralib.sweep.plan import Job
 from loralib.sweep.settings import PLACES, WITHOUT_NUMBERS, Asked, differences, entry_of
 
@@ -28,14 +29,10 @@ def result(job: Job) -> dict[str, Any] | None:
 
 def read_result(file: Path) -> dict[str, Any] | None:
     """The content of a run.json; None if there is none, {} if it is cut short or of another kind."""
-    try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(file):
         return None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    sound = isinstance(run, dict) and isinstance(run.get("arguments"), dict) and isinstance(run.get("metrics"), dict)
-    return run if sound else {}
+    run = find_json(file) or {}
+    return run if isinstance(run.get("arguments"), dict) and isinstance(run.get("metrics"), dict) else {}
 
 
 def status(job: Job) -> str:

@@ -7,7 +7,6 @@ they are resumed, skipped and kept.
 
 import argparse
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,23 +116,6 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
     return tuning
 
 
-def read_earlier(file: Path) -> dict[str, Any] | None:
-    """The record that an earlier call wrote, or None.
-
-    Raises:
-        InputError: it is cut short or not a record.
-    """
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        for choice in earlier["choices"]:
-            _ = choice["task"], choice["method"], [dict(score["values"]) for score in choice["scores"]]
-        return {**earlier, "tune_seeds": list(earlier["tune_seeds"]), "selection": earlier["selection"]}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is no record of a tuning: remove it, or name another --output.") from error
-
-
 def kept(tuning: Tuning, earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The earlier choices for tasks and methods that are not part of this call."""
     now = set(itertools.product(tuning.args.tasks, (arm.name for arm in tuning.arms)))
@@ -147,7 +129,9 @@ def compare_with_earlier(tuning: Tuning, file: Path) -> None:
         InputError: a value or seed was tried earlier and is no longer named, or choices of other tasks or methods
             were made otherwise.
     """
-    earlier = read_earlier(file)
+    from loralib.report.tuning import read_record  # imports large libraries
+
+    earlier = read_record(file)
     if earlier is None:
         return
     args = tuning.args
@@ -198,6 +182,7 @@ def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
     # Imported here because they import large libraries.
     from loralib.adapters.writing import write_json
     from loralib.report.runs import SMALLER_IS_BETTER, Run
+    from loralib.report.tuning import read_record
 
     choices = []
     for task, arm in itertools.product(tuning.args.tasks, tuning.arms):
@@ -235,7 +220,7 @@ def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {
             "version": 1, "selection": args.tune_selection, "tune_seeds": args.tune_seeds, "seeds": args.seeds,
-            "choices": [*kept(tuning, read_earlier(file)), *choices],
+            "choices": [*kept(tuning, read_record(file)), *choices],
         })  # fmt: skip
     return choices
 
