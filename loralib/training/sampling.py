@@ -100,7 +100,8 @@ class Sampling(Trainer):
         if self.args.dataloader_persistent_workers:
             loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
         inner = loader.base_dataloader
-        inner.worker_init_fn = partial(_only_the_run_ends_me, inner.worker_init_fn)
+        if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+            inner.worker_init_fn = partial(_only_the_run_ends_me, inner.worker_init_fn)
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
