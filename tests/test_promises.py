@@ -216,6 +216,24 @@ def test_what_a_diverged_run_says(usual: list[str], entry_point: Any, tmp_path: 
         shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--eval_strategy=steps", "--eval_steps=1", "--heldout_split=0"],  # noticed by an evaluation before a log
+        ["--max_steps=1"],  # by the evaluation at the end: the loss was finite, and its only step was too long
+        ["--max_steps=1", "--do_eval=no", "--do_predict"],
+    ],
+)
+def test_nan_outputs_of_a_model_that_was_trained_are_a_divergence(
+    flags: list[str], usual: list[str], entry_point: Any, tmp_path: Path
+) -> None:
+    """As bad input (status 2) a sweep would try that run again with each call, and a tuning would never choose."""
+    argv = [*usual, f"--output_dir={tmp_path}", "--max_grad_norm=0", "--learning_rate=1e30", "--warmup_steps=0"]
+    with pytest.raises(RunDiverged, match=r"outputs are NaN in \d+ of \d+ rows after step \d: start anew with"):
+        entry_point("AdaLoRA").main([*argv, "--save_strategy=no", "--logging_steps=100", *flags])
+    assert record(tmp_path)["status"] == "diverged"
+
+
 def test_damaged_checkpoints_are_never_trained_over(
     usual: list[str], straight: Path, entry_point: Any, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-from loralib.errors import InputError
+from loralib.errors import InputError, RunDiverged
 from loralib.training.lock import lock, unlock
 
 
@@ -63,6 +63,20 @@ def killed(finished: Path, tmp_path: Path) -> Path:
 def same(folder: Path, other: Path) -> bool:
     a, b = (load_file(f / "adapter.safetensors") for f in (folder, other))
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_stage_that_diverges_is_the_divergence_of_the_run(
+    flags: list[str], entry_point: Any, finished: Path, tmp_path: Path
+) -> None:
+    """Sweeps and reports look into the run's folder; the same command with a lower learning rate starts anew there."""
+    argv = [*flags, f"--output_dir={tmp_path}", "--save_strategy=no"]
+    with pytest.raises(RunDiverged):
+        entry_point("SoRA").main([*argv, "--learning_rate=1e30", "--max_grad_norm=0"])
+    whole = record(tmp_path)
+    assert whole["status"] == "diverged" and whole["seed"] == 5 and whole["arguments"]["learning_rate"] == 1e30
+    assert whole["arguments"]["output_dir"] == str(tmp_path)
+    entry_point("SoRA").main(argv)
+    assert record(tmp_path)["status"] == "finished" and same(tmp_path, finished)
 
 
 def test_each_stage_has_its_own_arguments_and_seconds(finished: Path) -> None:

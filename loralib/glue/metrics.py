@@ -160,7 +160,7 @@ def to_labels(predictions: Any, task: Task) -> np.ndarray:
         predictions: the outputs (rows, num_labels), or a tuple that begins with them.
 
     Raises:
-        InputError: an output is NaN; its argmax would look like a prediction.
+        NaNOutputs: an output is NaN; its argmax would look like a prediction.
     """
     logits = _outputs(predictions)
     return logits.reshape(len(logits)) if task.label_names is None else logits.argmax(axis=-1)
@@ -173,13 +173,18 @@ def to_scores(predictions: Any, task: Task) -> np.ndarray:
     return logits if task.label_names is None else softmax(logits.astype(np.float64), axis=-1)
 
 
+class NaNOutputs(InputError):
+    """A model's outputs are NaN in some rows, because the training that made it diverged."""
+
+    def __init__(self, rows: int, total: int) -> None:
+        self.seen = f"The model's outputs are NaN in {rows} of {total} rows"
+        super().__init__(f"{self.seen} where finite numbers are needed: the training diverged, lower learning_rate.")
+
+
 def _outputs(predictions: Any) -> np.ndarray:
     logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
     if np.isnan(logits).any():
-        raise InputError(
-            f"The model's outputs are NaN in {int(np.isnan(logits).reshape(len(logits), -1).any(1).sum())} of "
-            f"{len(logits)} rows where finite numbers are needed: the training diverged, lower learning_rate."
-        )
+        raise NaNOutputs(int(np.isnan(logits).reshape(len(logits), -1).any(1).sum()), len(logits))
     return logits
 
 

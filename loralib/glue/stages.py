@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralib.adapters.own import load_adapter
 from loralib.adapters.reading import ADAPTER_FILE
+from loralib.errors import RunDiverged
 from loralib.glue.assemble import begin_method, load_starting_adapter, trainer_arguments, trainer_with
 from loralib.glue.data import GlueData
 from loralib.glue.folder import clear_output_dir, reserve, whole_checkpoint
-from loralib.glue.record import RUN_FILE, flags_of, record_of
+from loralib.glue.record import RUN_FILE, flags_of, record_of, write_run
 from loralib.glue.run import Run
 from loralib.glue.train import train_and_report
 from loralib.methods import Method
@@ -65,7 +66,12 @@ def train_in_stages(
             before += done.get("total_seconds", done.get("wall_seconds", 0.0))
         else:
             begin_method(stage, trainer, method, f"{method.name}, stage {number} of {len(methods)}")
-            train_and_report(stage, trainer, data)
+            try:
+                train_and_report(stage, trainer, data)
+            except RunDiverged as error:
+                if run.training.should_save:  # sweeps and reports read the record of the whole
+                    write_run(run, trainer, method.name, data.task.name, error.status, {})
+                raise
             before += trainer.seconds_before
     if earlier:
         run = last_stage(run, len(earlier), epochs, tuple(last.facts()))

@@ -1,17 +1,18 @@
 """What a run does with its trainer: train, evaluate, predict, and write the results."""
 
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from loralib.errors import RunError, path_of
+from loralib.errors import RunDiverged, RunError, path_of
 from loralib.glue import card
 from loralib.glue.board import BoardCallback
 from loralib.glue.data import GlueData
 from loralib.glue.evaluation import HELDOUT, EvaluationCallback
 from loralib.glue.folder import is_within, mark_finished, mark_unfinished
 from loralib.glue.machine import forget_peak_memory, peak_memory
-from loralib.glue.metrics import one_class, to_labels, to_scores
+from loralib.glue.metrics import NaNOutputs, one_class, to_labels, to_scores
 from loralib.glue.predictions import has_labels, write_predictions, write_submission
 from loralib.glue.record import write_run
 from loralib.glue.run import Run
@@ -44,7 +45,7 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
     try:
         if run.training.do_train:
             mark_unfinished(run.training)
-        with worker_deaths(run.training), writing_threads():
+        with worker_deaths(run.training), writing_threads(), divergences(run, trainer):
             _train_and_evaluate(run, trainer, data, metrics)
         if run.training.should_save:
             write_run(run, trainer, method, data.task.name, "finished", metrics)
@@ -69,6 +70,20 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
     if run.training.push_to_hub:
         card.push(trainer)
     return metrics
+
+
+@contextmanager
+def divergences(run: Run, trainer: LoRATrainer) -> Iterator[None]:
+    """NaN outputs of a model that this run trains are the run's divergence; of any other model they are bad input."""
+    try:
+        yield
+    except NaNOutputs as error:
+        if not run.training.do_train:
+            raise
+        raise RunDiverged(
+            f"{error.seen} after step {trainer.state.global_step}: start anew with --overwrite_output_dir and a lower "
+            "--learning_rate, a warm-up, or bf16 or float32 in place of fp16."
+        ) from error
 
 
 def _write_beside_the_record(run: Run, trainer: LoRATrainer, metrics: dict[str, Any]) -> None:

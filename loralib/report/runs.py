@@ -272,7 +272,7 @@ def _stage_names(folder: Path) -> list[str]:
 def _last_words(folder: Path) -> str:
     """What a run without a results file said last: its last error, else its last line."""
     try:
-        lines = re.split(r"[\r\n]+", (folder / "run.log").read_text(encoding="utf-8", errors="replace"))
+        lines = re.split(r"(?:[\r\n]|\x1b\[A)+", (folder / "run.log").read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return ""
     said = [line for line in lines if re.search(r"\berror: |Error: ", line)] or [x for x in lines if x.strip()]

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from loralib.errors import InputError, RunError
 from loralib.secrets import hide, remember_command
@@ -15,7 +16,7 @@ from loralib.sweep.asking import ask
 from loralib.sweep.dispatch import sweep
 from loralib.sweep.guard import guard, interrupt
 from loralib.sweep.plan import METHODS, ROOT, Job, plan, split_arms
-from loralib.sweep.records import Done, ResultsFile, closest, runs_below
+from loralib.sweep.records import Done, ResultsFile, closest, is_asked_for, runs_below
 from loralib.sweep.settings import Asked
 from loralib.sweep.tune import choose, plan_tuning, say
 
@@ -76,8 +77,17 @@ def listed(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done) -> Itera
 
 def say_near_misses(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done) -> None:
     """Print why runs of other folders or of the results file, although similar, do not count for this sweep."""
-    others = [*done.others, *(done.results.records if done.results else [])]
-    found = [(job, closest(others, asked[job])) for job in jobs if done.look(job, asked[job]) is None]
+    missing = [job for job in jobs if done.look(job, asked[job]) is None]
+
+    def counts(run: Mapping[str, Any]) -> bool:  # a grid's other runs are no near misses
+        of_task = (
+            one for one in asked.values() if (one.task, one.seed) == (run.get("task"), run["arguments"].get("seed"))
+        )
+        return any(is_asked_for(run, one) for one in of_task)
+
+    others = [*done.others, *(done.results.records if done.results else [])] if missing else []
+    others = [run for run in others if not counts(run)]
+    found = [(job, closest(others, asked[job])) for job in missing]
     near = [(job, words) for job, words in found if words]
     for job, words in near[:10]:
         print(f"{job.name}: a finished run is not taken, since it has {'; '.join(words[:4])}")

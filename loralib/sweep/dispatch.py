@@ -277,6 +277,6 @@ def last_line(log: Path) -> str:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "no output"
-    lines = [line.strip()[:300] for line in re.split(r"[\r\n]+", text)]
+    lines = [line.strip()[:300] for line in re.split(r"(?:[\r\n]|\x1b\[A)+", text)]  # \x1b[A: a progress bar
     errors = [line for line in lines if re.search(r"\berror: |Error: ", line)]
     return hide(next((line for line in [*errors[-1:], *reversed(lines)] if line), "no output"))
