@@ -24,7 +24,7 @@ class RunError(RuntimeError):
 
 
 class RunDiverged(RunError):
-    """A loss or a gradient is no longer finite."""
+    """A loss, a gradient or an output of the model is no longer finite."""
 
     status = "diverged"
 

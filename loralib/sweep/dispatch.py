@@ -108,7 +108,7 @@ def _list_failed(jobs: Sequence[Job], done: Done) -> int:
     failed = _failed(jobs, done)
     for job in failed:
         diverged = (done.known.get(job) or {}).get("status") == "diverged"
-        word = "its loss or a gradient is no longer finite" if diverged else last_line(job.folder / "run.log")
+        word = "its loss, gradients or outputs are no longer finite" if diverged else last_line(job.folder / "run.log")
         print(f"{'diverged' if diverged else 'failed'}: {job.name}: {word}")
     return 1 if failed else 0
 
