@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -496,6 +497,11 @@ def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
     assert "| rte, lora | learning_rate 0.002 | 2 | 0 | 70.00 | at the edge of its grid: learning_rate |" in text
     assert "| rte, sora | learning_rate 0.001 | 2 | 1 | 80.00 |" in text and "same number of trials" in text
     assert "| rte, lora | 65.00 | 70.00 |" in text
+    waiting = tmp_path / "mrpc" / "lora,learning_rate=0.001" / "seed1"  # a task for which nothing is chosen yet
+    make_run(waiting, "lora", task="mrpc", seed=1, arguments={"seed": 1, "learning_rate": 0.001})
+    text = text_of(tmp_path)
+    assert "mrpc, lora" not in text and "On mrpc nothing is chosen yet; trials finished so far: 1." in text
+    shutil.rmtree(waiting)
     choices[0]["scores"].pop()
     (tmp_path / "tuning.json").write_text(json.dumps(tuned))
     assert "unlike numbers of trials" in text_of(tmp_path)

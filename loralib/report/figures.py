@@ -264,8 +264,8 @@ def tuning(
 ) -> Figure:
     """One panel a tuned flag: a dot a trial, a line through the means, a ring around the chosen value.
 
-    A cross at the bottom is a trial without a score. The last panel has the best score to expect of so many trials, and
-    of few methods its deviation.
+    A cross at the bottom is a trial without a score. The last panel has the best score to expect of so many trials,
+    with its deviation.
 
     Args:
         flags: for each flag and method the scores of its trials, by value as text.
@@ -302,13 +302,16 @@ def tuning(
         axes.set_xlabel(shown(flag))
         axes.set_ylabel(f"{metric}: trials")
         dress(axes)
-    for name, of_k in best.items():
+    few = len(best) <= MOST_BANDS  # bands of more methods hide each other: bars side by side do not
+    for i, (name, of_k) in enumerate(best.items()):
         look, (mean, deviation) = style(name, names), np.transpose(of_k)
-        last.plot(range(1, len(of_k) + 1), mean, label=wrapped(name), markersize=4, **look)
-        if len(best) <= MOST_BANDS:
-            last.fill_between(range(1, len(of_k) + 1), mean - deviation, mean + deviation, color=look["color"],
-                              alpha=0.15, linewidth=0)  # fmt: skip
-    last.set_xlabel("number of trials" + (" (band: one standard deviation)" if len(best) <= MOST_BANDS else ""))
+        x = np.arange(1, len(of_k) + 1) + (0 if few else 0.035 * (i - (len(best) - 1) / 2))
+        last.plot(x, mean, label=wrapped(name), markersize=4, **look)
+        if few:
+            last.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=0.15, linewidth=0)
+        else:
+            last.errorbar(x, mean, deviation, fmt="none", ecolor=look["color"], elinewidth=1, capsize=2, alpha=0.7)
+    last.set_xlabel(f"number of trials ({'band' if few else 'bar'}: one standard deviation)")
     last.set_ylabel(f"{metric}: best to expect")
     last.xaxis.set_major_locator(MaxNLocator(integer=True))
     dress(last)

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,14 @@ from loralib.report.tables import (
     settings_table,
     stage_table,
 )
-from loralib.report.tuning import chosen_table, expected_table, final_runs, read_tuning, trials_are_equal
+from loralib.report.tuning import (
+    chosen_table,
+    expected_table,
+    final_runs,
+    open_trials,
+    read_tuning,
+    trials_are_equal,
+)
 from loralib.report.webpage import webpage
 
 SELECTIONS = {
@@ -77,7 +85,7 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None,
     out.mkdir(parents=True, exist_ok=True)
     runs = frame(finals, selection)
     made, problems = draw(runs, selection, out, tuning)
-    parts = ["# Results", *_results(runs, selection), *_tuned(tuning, len(found) - len(finals))]
+    parts = ["# Results", *_results(runs, selection), *_tuned(tuning, found, len(found) - len(finals))]
     parts += [*_costs(runs), *_origin(found), *_beside(runs, selection, published)]
     if others:
         lines = (f"- {code(str(folder.relative_to(root)))}: {escape(reason)}" for folder, reason in others)
@@ -193,7 +201,7 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"the seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _tuned(tuning: Mapping[str, Any] | None, trials: int) -> list[str]:
+def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], trials: int) -> list[str]:
     if tuning is None:
         return []
     equal = trials_are_equal(tuning)
@@ -210,6 +218,8 @@ def _tuned(tuning: Mapping[str, Any] | None, trials: int) -> list[str]:
         "counts with the worst one that was seen."
     )
     parts = ["## Chosen values", text, chosen_table(tuning)]
+    waiting = Counter(run.task for run in open_trials(runs, tuning))
+    parts += [f"On {escape(task)} nothing is chosen yet; trials finished so far: {n}." for task, n in waiting.items()]
     return [*parts, "## Expected best score against the number of trials", expected, expected_table(tuning)]
 
 

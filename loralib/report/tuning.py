@@ -55,16 +55,26 @@ def read_record(file: Path) -> dict[str, Any] | None:
 def final_runs(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
     """The runs that judge the choice: of a tuned task and method, with the chosen values and a seed that tuned nothing.
 
-    Runs of other tasks and methods are kept as they are.
+    Runs of other tasks and methods are kept as they are, except `open_trials`.
     """
     chosen = {(c["task"], c["method"]): c["values"] for c in tuning["choices"]}
+    waiting = open_trials(runs, tuning)
     found = []
     for run in runs:
         values = chosen.get((run.task, run.arm))
-        if values is None or (run.seed not in tuning["tune_seeds"] and all(_is(run, n, v) for n, v in values.items())):
+        final = run.seed not in tuning["tune_seeds"] and all(_is(run, n, v) for n, v in (values or {}).items())
+        if final if values is not None else run not in waiting:
             found.append(run)
     name_variants(found)
     return found
+
+
+def open_trials(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
+    """Trials where nothing is chosen yet: of a method that is tuned on another task, with a tuning seed."""
+    chosen = {(c["task"], c["method"]) for c in tuning["choices"]}
+    tuned = {method for _, method in chosen}
+    return [run for run in runs
+            if run.arm in tuned and (run.task, run.arm) not in chosen and run.seed in tuning["tune_seeds"]]  # fmt: skip
 
 
 def _is(run: Run, name: str, value: str) -> bool:
