@@ -172,5 +172,6 @@ class GatedLinear(LoRALinear):
 
 # Names, in files, of the factors whose product a start took out of the frozen weight.
 START = ("lora_A_start", "lora_B_start")
+KINDS: tuple[type[LoRALinear], ...] = (SVDLinear, GatedLinear, LoRALinear)
 # Names, in files too, of the parameters that stand between the factors in the layers of this project.
-DIAGONALS: tuple[str, ...] = tuple(kind.between for kind in (SVDLinear, GatedLinear) if kind.between)
+DIAGONALS: tuple[str, ...] = tuple(kind.between for kind in KINDS if kind.between)

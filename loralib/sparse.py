@@ -5,15 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loralib.adapt import factors
 from loralib.errors import InputError
-
-
-def gates(model: nn.Module) -> list[Tensor]:
-    """The gates of all layers of a model adapted with `GatedLinear`, (1, r) each, in `named_modules` order."""
-    return factors(model).between
 
 
 def gate_l1(gates: Sequence[Tensor]) -> Tensor:

@@ -19,14 +19,17 @@ from loralib.adapt import ROLES, adapt, adapted_layers
 from loralib.adapters.own import save_adapter
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 
+# What makes a DeBERTa-v2 configuration one of DeBERTa-v3.
+V3: dict[str, Any] = {
+    "relative_attention": True, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
+}  # fmt: skip
 SIZE = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 60,
     "max_position_embeddings": 40, "initializer_range": 0.3,
 }  # fmt: skip
 FAMILIES = {
     "deberta": DebertaV2Config(
-        **SIZE, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm",
-        position_buckets=8, pooler_hidden_size=24,
+        **SIZE, **V3, position_buckets=8, pooler_hidden_size=24,
     ),
     "bert": BertConfig(**SIZE),
     "roberta": RobertaConfig(**SIZE, pad_token_id=0),

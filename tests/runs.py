@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from adapter_runs import V3
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
@@ -131,21 +132,10 @@ def trainer(
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     config = DebertaV2Config(
-        vocab_size=100,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        relative_attention=True,
-        position_buckets=8,
-        pos_att_type=["p2c", "c2p"],
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        pooler_dropout=dropout,
-    )
+        vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, position_buckets=8, **V3,
+        **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout"), dropout),
+    )  # fmt: skip
     model = DebertaV2ForSequenceClassification(config).to(dtype)
     chosen = choose(method, model, modules or SIX, args.seed, resample, r=lora_r, lora_alpha=8, lora_dropout=dropout)
     parts: dict[str, Any] = {}

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import loralib.training.checkpoints
 import loralib.training.trainer
+from loralib.adapt import factors
 from loralib.errors import InputError, RunDiverged, RunError
 from loralib.glue.folder import UNFINISHED
-from loralib.sparse import gates
 from loralib.training.lock import lock, unlock
 from loralib.training.manifest import last_checkpoint
 
@@ -114,7 +114,7 @@ def test_all_gates_zero_warns_at_once(tmp_path: Path, caplog: pytest.LogCaptureF
         run.train()
         assert "gate" not in caplog.text
         run = make("sora", tmp_path, save_strategy="no", logging_steps=1, max_steps=1)
-        for gate in gates(run.model):
+        for gate in factors(run.model).between:
             gate.data.mul_(1e-3)
         run.train()
     assert "step 1: every gate is 0" in caplog.text
@@ -304,7 +304,7 @@ def usual(tiny_model_dir: Path, mrpc_dir: Path) -> list[str]:
     return ["--do_train", "--apply_lora", *(f"--{k}={v}" for k, v in values.items())]
 
 
-@pytest.mark.parametrize("writer", ["card.write_card", "_close_board"])
+@pytest.mark.parametrize("writer", ["card.write_card", "_write_to_board"])
 def test_a_disk_that_is_full_after_the_record_costs_no_more_than_a_warning(
     writer: str, usual, entry_point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

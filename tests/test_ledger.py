@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_runs import V3
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -16,12 +17,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from loralib.adapt import adapt, adapted_layers, parameters
+from loralib.adapt import adapt, adapted_layers, factors, parameters
 from loralib.glue import flow
 from loralib.glue.arguments import GlueTrainingArguments
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 from loralib.methods import sora
-from loralib.sparse import gates
 from loralib.trainer import LoRATrainer
 
 
@@ -91,7 +91,7 @@ def test_gates_have_a_group_of_their_own(tmp_path: Path) -> None:
     """S3: whatever adam_beta1, adam_beta2, adam_epsilon and weight_decay say."""
     trainer = _sora(tmp_path, 8, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3, weight_decay=0.1, learning_rate=0.1)
     groups = trainer.create_optimizer().param_groups
-    own = {id(gate) for gate in gates(trainer.model)}
+    own = {id(gate) for gate in factors(trainer.model).between}
     (group,) = [g for g in groups if any(id(p) in own for p in g["params"])]
     assert {id(p) for p in group["params"]} == own
     assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-6 and group["weight_decay"] == 0
@@ -142,20 +142,9 @@ def test_a_short_last_group_steps_and_is_averaged_by_its_length(tmp_path: Path) 
 def test_published_parameter_counts(r: int, published: float) -> None:
     """D3: six matrices of each of the twelve layers of DeBERTa-v3-base have 165,888 elements for each rank."""
     config = DebertaV2Config(
-        vocab_size=128100,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type="p2c|c2p",
-        position_biased_input=False,
-        max_relative_positions=-1,
-        pooler_hidden_size=768,
-    )
+        vocab_size=128100, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        position_buckets=256, position_biased_input=False, max_relative_positions=-1, pooler_hidden_size=768, **V3,
+    )  # fmt: skip
     with torch.device("meta"):
         model = DebertaV2ForSequenceClassification(config)
     six = ["query", "key", "value", "intermediate", "layer.output", "attention.output"]

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_runs import V3
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, TrainerCallback, TrainingArguments
@@ -78,18 +79,9 @@ class CountOneStep(TrainerCallback):
 def deberta() -> DebertaV2ForSequenceClassification:
     torch.manual_seed(0)
     config = DebertaV2Config(
-        vocab_size=100,
-        hidden_size=48,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=64,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type="p2c|c2p",
-        position_biased_input=False,
-    )
+        vocab_size=100, hidden_size=48, num_hidden_layers=12, num_attention_heads=12, intermediate_size=64,
+        position_buckets=256, position_biased_input=False, **V3,
+    )  # fmt: skip
     return DebertaV2ForSequenceClassification(config)
 
 

@@ -9,12 +9,12 @@ import runs
 import torch
 from torch import nn
 
-from loralib.adapt import adapt
+from loralib.adapt import adapt, factors
 from loralib.allocator import RankAllocator
 from loralib.layers import GatedLinear, SVDLinear
 from loralib.methods import adalora
 from loralib.regularizer import frd_penalty, svd_penalty
-from loralib.sparse import SparseAdamW, gate_l1, gates
+from loralib.sparse import SparseAdamW, gate_l1
 from loralib.training.method_callback import MethodCallback
 
 TRAIN = runs.rows(24)
@@ -99,9 +99,10 @@ def test_a_skipped_step_leaves_gates_weights_and_moments() -> None:
     """A GradScaler driven by hand on the CPU: it meets an infinite gradient and does not call the optimizer, in whose
     step SoRA's threshold lies."""
     model = small(GatedLinear)
-    own = {id(g) for g in gates(model)}
+    gates = factors(model).between
+    own = {id(g) for g in gates}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    optimizer = SparseAdamW([{"params": rest}, {"params": gates(model), "threshold": 0.05}], lr=0.1)
+    optimizer = SparseAdamW([{"params": rest}, {"params": gates, "threshold": 0.05}], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     backward(model, scaler, optimizer, poisoned=False)
     before, moments = snapshot(model), [s["exp_avg"].clone() for s in optimizer.state.values()]

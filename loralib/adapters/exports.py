@@ -18,7 +18,7 @@ from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
 from loralib.jsonfile import read_json
 from loralib.kernels.prepare import prepare_one_by_one
-from loralib.layers import DIAGONALS, START, GatedLinear, LoRALinear, SVDLinear
+from loralib.layers import DIAGONALS, KINDS, START, LoRALinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -232,7 +232,7 @@ def restored(
     check_shapes(adapter, dict(model.named_parameters()))
     layers = {}
     for matrix, tensors in adapter.matrices.items():
-        kind = SVDLinear if "lora_E" in tensors else GatedLinear if "lora_gate" in tensors else LoRALinear
+        kind = next(kind for kind in KINDS if kind.between is None or kind.between in tensors)
         linear, r, scaling = model.get_submodule(matrix), tensors["lora_A"].shape[0], adapter.scaling[matrix]
         assert isinstance(linear, nn.Linear)
         made = kind(linear, r=r, lora_alpha=alpha, lora_dropout=dropout)
