@@ -15,7 +15,11 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise InputError(f"{file} does not exist.") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): make it readable.") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON ({type(error).__name__}): is it cut off?") from error
     if not isinstance(value, dict):
         raise InputError(f"{file} must hold one JSON object, it holds a {type(value).__name__}.")

@@ -67,8 +67,8 @@ class Method:
         begin: begin(total_steps) is called once before the first step. It raises InputError if the method's schedule
             does not fit into this number of optimizer steps.
         before_step: before_step(step, epoch=0, measure=False) is called after clipping and before the optimizer's step
-            `step` (0 for the first) of epoch `epoch`. `measure` is True if this step is logged, so that `scalars` may
-            report on it.
+            `step` (0 for the first) of epoch `epoch`. `measure` is True if this step is logged by its number, so that
+            `scalars` may report on it; a log at the end of an epoch is not foreseen.
         after_step: after_step(step, gradients_valid=True) is called right after the optimizer's step, while the
             gradients are still there. `gradients_valid` is False if a gradient scaler skipped the step.
         optimizer_class: the optimizer that the method needs.

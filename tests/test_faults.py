@@ -14,14 +14,22 @@ import pytest
 import runs
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import loralib.training.checkpoints
 import loralib.training.trainer
 from loralib.adapt import factors
+from loralib.adapters.reading import read_state
+from loralib.adapters.writing import disk_errors, new_folder
 from loralib.errors import InputError, RunDiverged, RunError
 from loralib.glue.folder import UNFINISHED
+from loralib.glue.tables import read_file
+from loralib.jsonfile import read_json
+from loralib.report.tuning import read_tuning
 from loralib.training.lock import lock, unlock
 from loralib.training.manifest import last_checkpoint
 
@@ -286,6 +294,70 @@ def test_a_disk_that_is_full_at_the_end_is_said(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
 
 
+NOT_OF_THE_DISK = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    NotImplementedError("Cannot copy out of meta tensor; no data!"),
+    SafetensorError("Error while serializing: invalid shape"),
+]
+
+
+@pytest.mark.parametrize("error", NOT_OF_THE_DISK, ids=lambda e: type(e).__name__)
+def test_another_error_in_saving_is_not_reported_as_one_of_the_disk(error: Exception, tmp_path: Path) -> None:
+    """Neither by a checkpoint, which is removed, nor by the result, nor by an export."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    run = make("lora", tmp_path / "run")
+    run._save_optimizer_and_scheduler = fail
+    with pytest.raises(type(error)) as caught:
+        run.train()
+    assert caught.value is error and not list((tmp_path / "run").glob("checkpoint-*"))
+    with pytest.raises(type(error)), disk_errors():
+        fail()
+    with pytest.raises(type(error)), new_folder(tmp_path / "export"):
+        fail()
+    assert not (tmp_path / "export").exists()
+
+
+def test_what_the_libraries_raise_when_they_cannot_write_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    """The real writers, into a folder that is missing; into a full one in the test with limited files."""
+    gone, tensor = tmp_path / "gone", torch.zeros(3)
+    tokenizer = Tokenizer(WordLevel({"a": 0}, "a"))
+    for write in (
+        lambda: torch.save(tensor, gone / "a"),
+        lambda: save_file({"a": tensor}, gone / "a"),
+        lambda: tokenizer.save(str(gone / "a")),
+        lambda: (gone / "a").write_text("a"),
+    ):
+        with pytest.raises(OSError, match="(?i)no such file|does not exist"), disk_errors():
+            write()
+
+
+@pytest.mark.parametrize(("number", "way"), [(errno.ENOSPC, "make room, and"), (errno.EROFS, "make it writable, and")])
+def test_a_checkpoint_that_cannot_be_written_names_the_way_out(number: int, way: str, tmp_path: Path) -> None:
+    run = make("lora", tmp_path)
+
+    def fail(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run._save_optimizer_and_scheduler = fail
+    with pytest.raises(RunError, match=f"step 2 could not be written to .*checkpoint-2 .*{way} the same command"):
+        run.train()
+
+
+def test_an_error_of_the_system_that_names_no_file_does_not_blame_the_output_folder(
+    usual: list[str], entry_point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("loralib.training.trainer.LoRATrainer.training_step", fail)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        entry_point("AdaLoRA").main([*usual, f"--output_dir={tmp_path / 'run'}"])
+
+
 @pytest.fixture
 def usual(tiny_model_dir: Path, mrpc_dir: Path) -> list[str]:
     """Flags of a short run, without its folder."""
@@ -381,3 +453,24 @@ def test_what_a_run_leaves_that_was_killed_before_its_first_checkpoint(usual, en
         entry_point("AdaLoRA").main([*usual, f"--output_dir={other}"])
     entry_point("AdaLoRA").main([*usual, f"--output_dir={other}", "--overwrite_output_dir"])
     assert (other / "thesis.tex").exists()
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter, a table and the record of a tuning: the message names the system's reason and no other."""
+    for name in ("adapter.safetensors", "adapter.json", "rows.csv", "tuning.json"):
+        (tmp_path / name).write_text("{}")
+
+    def denied(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for name in ("read_bytes", "read_text"):
+        monkeypatch.setattr(Path, name, denied)
+    monkeypatch.setattr("loralib.adapters.reading.load_file", denied)
+    for read in (
+        lambda: read_state(tmp_path / "adapter.safetensors"),
+        lambda: read_json(tmp_path / "adapter.json"),
+        lambda: read_file(tmp_path / "rows.csv", None, "train"),
+        lambda: read_tuning(tmp_path),
+    ):
+        with pytest.raises(InputError, match=r"cannot be (read|opened) \(Permission denied\): make it readable\.$"):
+            read()

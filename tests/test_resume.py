@@ -347,6 +347,21 @@ def test_a_clock_that_was_set_back_loses_no_checkpoint(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-2"]
 
 
+def test_half_written_checkpoints_do_not_count_towards_the_limit(tmp_path: Path) -> None:
+    """A killed run has left three of them, one beyond the newest: none takes the place of a good one."""
+    make("lora", tmp_path, save_steps=2).train()
+    for step in (3, 5, 90):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_text("cut off")
+    rotate(tmp_path / "checkpoint-8", None, None)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 7  # without a limit nothing is removed
+    rotate(tmp_path / "checkpoint-8", 3, None)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    (tmp_path / "checkpoint-9").mkdir()
+    rotate(tmp_path / "checkpoint-8", 2, str(tmp_path / "checkpoint-4"))
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+
+
 def test_what_is_being_removed_is_renamed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is killed in the middle of a removal leaves no half checkpoint, and the next run clears up."""
     make("lora", tmp_path, save_steps=2).train()
@@ -566,3 +581,14 @@ def test_sigterm_ends_the_command_with_143_and_it_goes_on(loaders: int, flags: l
     assert record["status"] == "interrupted" and record["steps"] > 0
     advice = f"the same command goes on from the last good checkpoint, {tmp_path}/run/checkpoint-{record['steps']}."
     assert advice in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "no"])
+def test_the_method_measures_each_step_that_is_logged_by_its_number(strategy: str, tmp_path: Path) -> None:
+    """The first one too, with --logging_first_step. No step is known beforehand to be logged as an epoch's last."""
+    run = make("lora", tmp_path, logging_strategy=strategy, logging_first_step=True, save_strategy="no")
+    measured: list[int] = []
+    run.method.before_step = lambda step, epoch=0, measure=False: measured.extend([step + 1] if measure else [])
+    run.train()
+    logged = [e["step"] for e in run.state.log_history if "loss" in e]
+    assert logged[0] == 1 and measured == (logged if strategy == "steps" else [1])

@@ -62,7 +62,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # a broken or hostile file can make the reader raise anything
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"{file} cannot be opened ({error.strerror}): make it readable.") from error
         raise InputError(
             f"{file} cannot be read as a state dict of tensors ({type(error).__name__}): it is cut off, or another "
             "kind of file; give a .safetensors file, or a .bin file that holds tensors alone."

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,17 +60,37 @@ def write_json(file: Path, value: Any, default: Callable[[Any], Any] | None = No
     write_file(file, (json.dumps(value, indent=2, default=default) + "\n").encode())
 
 
+class DiskError(OSError):
+    """A library could not write a file; the message is that of the library."""
+
+
+# What torch, safetensors and tokenizers say when they cannot write. torch hides the system's own message.
+_CANNOT_WRITE = re.compile(
+    r"\(os error \d+\)|inline_container|PytorchStreamWriter|iostream error|^write\(\): fd|"
+    r"^Parent directory .* does not exist"
+)
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raise OSError where torch, safetensors or tokenizers cannot write: each of them raises another exception."""
+    """Raise OSError where torch, safetensors or tokenizers cannot write: each of them raises another exception.
+
+    All other errors pass as they are, such as a GPU's that is out of memory, which is a RuntimeError too.
+    """
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(" ".join(str(error).split())[:200]) from error
     except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises this very class
+        libraries = isinstance(error, SafetensorError | RuntimeError) or type(error) is Exception  # that of tokenizers
+        if not libraries or not _CANNOT_WRITE.search(str(error)):
             raise
-        raise OSError(str(error)[:200]) from error
+        raise DiskError(" ".join(str(error).split())[:200]) from error
+
+
+def way_out(error: OSError) -> str:
+    """What to do about a file that cannot be written."""
+    no_write = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+    numbers = re.findall(r"\(os error (\d+)\)", str(error)) or [error.errno or 0]
+    return "make it writable" if int(numbers[0]) in no_write else "make room"
 
 
 @contextmanager

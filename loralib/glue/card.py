@@ -19,6 +19,7 @@ from loralib.glue.record import RUN_FILE
 from loralib.glue.tasks import GLUE
 from loralib.jsonfile import read_json
 from loralib.secrets import hide, remember_command
+from loralib.training.manifest import checkpoints, is_written
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ def push(trainer: Any) -> None:
         return
     folder = Path(args.output_dir)
     names = list(SENT if trainer.adapter is not None else (*SENT, *WHOLE_MODEL))
-    steps = sorted(int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit())
+    steps = [step for step, path in checkpoints(folder) if is_written(path)]
     strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))
     wanted = {"checkpoint": steps[-1:], "all_checkpoints": steps}.get(strategy, [])
     names += [f"checkpoint-{step}/*" for step in wanted]

@@ -15,7 +15,7 @@ from loralib.glue import card
 from loralib.glue.flags import GlueTrainingArguments
 from loralib.glue.record import RUN_FILE, record_of
 from loralib.training.lock import lock
-from loralib.training.manifest import MANIFEST, checkpoints, last_checkpoint, read_manifest
+from loralib.training.manifest import checkpoints, is_written, last_checkpoint, read_manifest
 
 if TYPE_CHECKING:
     from loralib.glue.run import Run
@@ -104,7 +104,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
     """
     last = last_checkpoint(folder)
     for _, path in [] if last else checkpoints(folder):
-        if (path / MANIFEST).exists():
+        if is_written(path):
             try:
                 read_manifest(path)
             except InputError as error:

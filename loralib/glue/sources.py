@@ -3,6 +3,7 @@
 No downloaded code is executed. Local data is held in memory, so that no file appears beside the user's data.
 """
 
+import errno
 import logging
 import os
 import re
@@ -197,6 +198,8 @@ def _folder_splits(folder: Path, task: Task | None) -> Readers:
             # Otherwise map() would write its cache into the user's folder.
             saved = datasets.load_from_disk(str(folder), keep_in_memory=True)
         except Exception as error:
+            if isinstance(error, PermissionError | MemoryError):
+                raise InputError(f"{folder} cannot be loaded ({brief(error)}).") from error
             raise InputError(
                 f"{folder} is not a complete save_to_disk folder ({brief(error)}): save it again."
             ) from error
@@ -294,6 +297,9 @@ def _hub_splits(name: str, config: str | None, cache_dir: str | None, token: str
                 f"The hub was not reachable, {name!r}{f' ({config})' if config else ''} is not in the cache, and no "
                 f"folder of that name exists here: connect, or give dataset_name as a folder ({brief(error)})."
             ) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise InputError(f"The data set {name!r} of the hub could not be kept in the cache ({brief(error)}): make "
+                             "room, or name another folder with cache_dir.") from error  # fmt: skip
         raise InputError(f"The data set {name!r}{f' ({config})' if config else ''} of the hub could not be loaded: "
                          f"check its name, dataset_config_name and token ({brief(error)}).") from error  # fmt: skip
     finally:

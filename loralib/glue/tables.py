@@ -80,7 +80,11 @@ def read_file(path: Path, task: Task | None, split: str) -> Dataset:
         ) from error
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
+    except MemoryError as error:
+        raise InputError(f"{path} does not fit into memory: split it, or use a larger machine.") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # Arrow's errors about a file's content have no number
+            raise InputError(f"{path} cannot be read ({error.strerror}): make it readable.") from error
         raise InputError(f"{path} could not be read as {suffix[1:]} ({brief(error)}): is it complete?") from error
 
 
@@ -388,6 +392,10 @@ def read_msr_paraphrase(folder: Path, task: Task, split: str) -> Dataset:
     except (KeyError, ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise InputError(
+                f"{error.filename or path} cannot be read ({error.strerror}): make it readable."
+            ) from error
         raise InputError(f"{path} or dev_ids.tsv could not be read ({brief(error)}): download MRPC again.") from error
     return hub_columns(Dataset(datasets.table.InMemoryTable(table)), task)
 

@@ -1,10 +1,12 @@
 """What a run does with its trainer: train, evaluate, predict, and write the results."""
 
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from loralib.adapters.writing import DiskError
 from loralib.errors import RunDiverged, RunError, path_of
 from loralib.glue import card
 from loralib.glue.board import BoardCallback
@@ -23,6 +25,9 @@ from loralib.training.manifest import the_same_command
 from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
+
+# Errors of the system that a write to an open file raises; they name no path.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str | None = None) -> dict[str, Any]:
@@ -60,6 +65,8 @@ def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str
         raise
     except OSError as error:
         path, output_dir = path_of(error), run.training.output_dir
+        if path is None and not (isinstance(error, DiskError) or error.errno in _OF_DISKS):
+            raise
         if path is None or is_within(path, output_dir):
             blamed = f"output_dir {output_dir} could not be written to ({error}): check its disk"
         else:

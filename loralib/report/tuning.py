@@ -47,6 +47,8 @@ def read_record(file: Path) -> dict[str, Any] | None:
         lists = {name: list(found[name]) for name in ("tune_seeds", "seeds")}
         return {**found, **lists, "selection": found["selection"]}
     except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error.__cause__, OSError):  # it may be whole
+            raise
         raise InputError(
             f"{file} is no record of a tuning: remove it and run the sweep again, or name another --output."
         ) from error

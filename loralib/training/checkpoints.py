@@ -4,20 +4,21 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from loralib.adapters.own import load_method_state, save_method_state
+from loralib.adapters.writing import disk_errors, way_out
 from loralib.errors import RunError
 from loralib.methods import Stateful
 from loralib.training.guards import Guards
 from loralib.training.manifest import remove_checkpoint, rotate, the_same_command, write_manifest
-from loralib.training.settings import argument_settings
+from loralib.training.settings import argument_settings, evaluations_decide
 
 
 class RunningSums(Protocol):
@@ -50,9 +51,11 @@ class Checkpoints(Guards):
     def numeric_settings(self) -> dict[str, Any]:
         """Every setting that decides the run's numbers, as JSON values."""
         own = self.settings | argument_settings(self.args)
-        rows = self.train_dataset
-        some = json.dumps([rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})], sort_keys=True, default=str)
-        own |= {"train_rows": len(rows), "train_data": hashlib.sha256(some.encode()).hexdigest()[:12]}
+        own |= {"train_rows": len(self.train_dataset), "train_data": _sample(self.train_dataset)}
+        if evaluations_decide(self.args) and isinstance(self.eval_dataset, Sized) and len(self.eval_dataset):
+            own |= {"eval_rows": len(self.eval_dataset)}
+            if not isinstance(self.eval_dataset, dict):
+                own |= {"eval_data": _sample(self.eval_dataset)}
         return json.loads(json.dumps(own, default=str))
 
     def _progress(self) -> dict[str, Any]:
@@ -98,19 +101,19 @@ class Checkpoints(Guards):
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            if self.args.should_save and folder.exists():  # a killed run left it
+            if self.args.should_save and folder.exists():  # of a killed run, or from beyond the one that is resumed
                 remove_checkpoint(folder)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                content = {"step": self.state.global_step, "settings": self.numeric_settings(), "progress": progress}
-                write_manifest(folder, content)
-        except (OSError, RuntimeError, SafetensorError) as error:  # on a full disk torch raises RuntimeError
-            shutil.rmtree(folder, ignore_errors=True)
+            with _no_half_checkpoint(folder), disk_errors():
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    content = {"step": self.state.global_step, "settings": self.numeric_settings()}
+                    write_manifest(folder, content | {"progress": progress})
+        except OSError as error:
             raise RunError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {folder} "
-                f"({' '.join(str(error).split())[:200]}): make room, and {the_same_command(self.args)}."
+                f"({' '.join(str(error).split())[:200]}): {way_out(error)}, and {the_same_command(self.args)}."
             ) from error
         finally:
             self.args.save_total_limit = limit
@@ -118,3 +121,19 @@ class Checkpoints(Guards):
         if self.args.should_save:
             rotate(folder, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # no process may end the run while the first one still writes
+
+
+def _sample(rows: Any) -> str:
+    """A digest of the first, the middle and the last row."""
+    some = json.dumps([rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})], sort_keys=True, default=str)
+    return hashlib.sha256(some.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _no_half_checkpoint(folder: Path) -> Iterator[None]:
+    """Remove a checkpoint whose writing fails."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -147,6 +147,11 @@ def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def is_written(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end; its files are not compared."""
+    return (checkpoint / MANIFEST).exists()
+
+
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint in `output_dir`. The log names each newer one, and why it does not count."""
     for _, path in reversed(checkpoints(output_dir)):
@@ -195,15 +200,21 @@ def remove_leftovers(output_dir: str | Path) -> None:
 def rotate(written: Path, limit: int | None, best: str | None) -> None:
     """Delete the checkpoints of the lowest steps, so that `limit` remain; with None or 0 all remain.
 
+    Half-written ones, which a killed run has left, do not count. With a limit they are deleted.
+
     Args:
         written: the checkpoint that was just written; it is kept.
         best: the checkpoint with the best metric; it is kept too.
     """
     remove_leftovers(written.parent)
     kept = {written.name} | ({Path(best).name} if best else set())
+    if not limit or limit < 0:
+        return
     others = [path for _, path in checkpoints(written.parent) if path.name not in kept]
-    surplus = len(others) + len(kept) - max(limit, len(kept)) if limit and limit > 0 else 0
-    for path in others[:surplus]:
+    half = [path for path in others if not is_written(path)]
+    others = [path for path in others if path not in half]
+    surplus = len(others) + len(kept) - max(limit, len(kept))
+    for path in [*half, *others[:surplus]]:
         try:
             remove_checkpoint(path)
         except OSError as error:

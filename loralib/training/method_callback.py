@@ -74,7 +74,8 @@ class MethodCallback(TrainerCallback):
                 piece.load_state_dict(saved[name])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logged = args.logging_strategy == "steps" and (state.global_step + 1) % state.logging_steps == 0
+        logged = state.global_step == 0 and args.logging_first_step
+        logged = logged or (args.logging_strategy == "steps" and (state.global_step + 1) % state.logging_steps == 0)
         self.method.before_step(state.global_step, epoch=int(state.epoch or 0), measure=logged)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:

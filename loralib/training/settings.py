@@ -46,8 +46,10 @@ LATER_ARGUMENTS = (
 # These decide as well if the schedule depends on evaluations.
 _EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+# These decide which checkpoint is the result.
+_BEST = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 # Settings that older checkpoints lack; these still resume.
-LATER = frozenset({"label_names"})
+LATER = frozenset({"label_names", "config_name", "model_revision", "lora_path", "eval_rows", "eval_data", *_BEST})
 
 
 def argument_settings(args: Any) -> dict[str, Any]:
@@ -56,7 +58,15 @@ def argument_settings(args: Any) -> dict[str, Any]:
     own |= {name: getattr(args, name) or None for name in LATER_ARGUMENTS}
     if args.lr_scheduler_type in _BY_METRIC:
         own |= {name: getattr(args, name) for name in _EVALUATIONS}
+    if args.load_best_model_at_end:
+        own |= {name: getattr(args, name) for name in _BEST}
     return own
+
+
+def evaluations_decide(args: Any) -> bool:
+    """Whether what a run ends with depends on its evaluations, and so on the rows that are evaluated."""
+    stops = getattr(args, "early_stopping_patience", None) is not None
+    return stops or args.load_best_model_at_end or args.lr_scheduler_type in _BY_METRIC
 
 
 def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any], what: str = "checkpoint") -> None:
