@@ -203,7 +203,8 @@ def test_table_holds_mean_deviation_and_every_run(tmp_path: Path) -> None:
     (cut / "run.json").write_text((cut / "run.json").read_text()[:-40])
     killed = tmp_path / "rte" / "sora" / "seed6"
     (killed / "checkpoint-5").mkdir(parents=True)
-    (killed / "run.log").write_text("training\nrun_glue.py: error: the disk is full\n")
+    token = "hf_" + 34 * "a"
+    (killed / "run.log").write_text(f"training\nrun_glue.py: error: the disk is full, {token}\nlast\n")
     text = text_of(tmp_path)
     for method, values in last.items():
         expected = f"| {method} | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} (n=3) |"
@@ -215,6 +216,7 @@ def test_table_holds_mean_deviation_and_every_run(tmp_path: Path) -> None:
     assert "`rte/sora/seed4`: sora on rte, seed 4: diverged" in listed
     assert "`rte/sora/seed5`: its results file is cut short" in listed
     assert "`rte/sora/seed6`: no results file" in listed and "the disk is full" in listed
+    assert token not in listed and "last" not in listed.partition("the disk is full")[2].partition("\n")[0]
     assert "seed1" not in listed
     with open(tmp_path / "report.csv") as file:
         lines = list(csv.DictReader(file))

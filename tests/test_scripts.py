@@ -1,5 +1,6 @@
 """The task scripts: every method's settings parse, fit the task's true number of steps, and are what the papers say."""
 
+import ast
 import hashlib
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from loralib.allocator import check_schedule
 from loralib.errors import InputError
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, parse
 from loralib.glue.tasks import GLUE
+from loralib.report.runs import GENERAL
+from loralib.report.runs import METRICS as TABLE_METRICS
 from loralib.report.style import METHODS as METHODS_WITH_COLOURS
 from loralib.sparse import lambda_stages
 from loralib.sweep import plan
@@ -66,6 +70,22 @@ def test_every_list_of_methods_names_the_same_ones() -> None:
     (more,) = re.findall(r'^known=\("\$\{methods\[@\]\}" (.*?)\)', launch, flags=re.M)
     assert line.split() == METHODS and [*METHODS, *more.split()] == [*METHODS, SECOND] == list(plan.METHODS)
     assert set(METHODS_WITH_COLOURS) == {*METHODS, "svd-lora"}  # which has no settings from a paper
+    with_layers = {*METHODS} - {"lora-orth", "full"}
+    (line,) = re.findall(r"^METHODS = (\(.*\))$", (ROOT / "scripts" / "benchmark.py").read_text(), flags=re.M)
+    assert set(ast.literal_eval(line)) == with_layers
+    assert set(re.findall(r"^run (\S+) ", (ROOT / "scripts" / "quickstart.sh").read_text(), flags=re.M)) == with_layers
+
+
+def test_every_list_of_tasks_names_the_same_ones() -> None:
+    named = re.compile(rf"{' '.join(TASKS)}|{', '.join([*TASKS, 'ax'])}")
+    assert [*TASKS, "ax"] == list(GLUE)  # ax has no training rows, and so no script
+    (help_text,) = [f.metadata["help"] for f in fields(DataArguments) if f.name == "task_name"]
+    row = (ROOT / "README.md").read_text().partition("`--task_name`")[2].partition("\n")[0]
+    sweeps = (ROOT / "docs" / "sweeps.md").read_text().partition("Scripts: ")[2].partition("\n")[0]
+    assert all(named.search(text) for text in (help_text, row, sweeps))
+    for name in TASKS:  # what a table shows of a task is a metric of it
+        shown = {metric.removesuffix("_mm") for metric in TABLE_METRICS.get(name, GENERAL)} - {"combined_score"}
+        assert shown & {*GLUE[name].metrics} and (name not in TABLE_METRICS or shown <= {*GLUE[name].metrics})
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def trainer_arguments(
         "processing_class": tokenizer,
         "data_collator": collator(tokenizer, length, fixed, model),
         "compute_metrics": compute_metrics(data.task),
-        "settings": _deciding_flags(run, data.task) | weighted,
+        "settings": _deciding_settings(run, data.task) | weighted,
         **weighted,
     }
 
@@ -133,18 +134,55 @@ def _check_best_metric(training: GlueTrainingArguments, task: Task) -> None:
         raise InputError(f"metric_for_best_model is {wanted!r}, for {task.name} it must be one of {', '.join(known)}.")
 
 
-def _deciding_flags(run: Run, task: Task) -> dict[str, Any]:
-    """The flags that decide the run's numbers. A checkpoint is resumed only if they are the same."""
-    model_args, data_args, lora_args = run.model_args, run.data_args, run.lora_args
-    own = {k: v for k, v in vars(lora_args).items() if k not in ("lora_path", "tb_writter_loginterval")}
-    own |= {k: getattr(data_args, k) for k in ("max_seq_length", "padding", "max_train_samples")}
-    # The folder of the model may move, so only its name counts.
+# Flags that a resumed run may change, with the reason. A checkpoint compares every other flag of the model, the data,
+# the low-rank factors and the method.
+NOT_COMPARED = {
+    "model_name_or_path": "compared by its last name, as `model`, since the folder may move",
+    "token": "opens the hub",
+    "cache_dir": "a place",
+    "trust_remote_code": "without it, a model with code of its own does not load",
+    "ignore_mismatched_sizes": "without it, a model of other sizes does not load",
+    "glue_submission": "a place",
+    "predict_scores": "writes more of the same predictions",
+    "overwrite_cache": "has no effect on values",
+    "max_predict_samples": "cuts the predictions at the end",
+    "tb_writter_loginterval": "decides when numbers are logged",
+    "pad_to_max_length": "the older name of --padding, which is compared",
+    **dict.fromkeys(
+        ("tokenizer_name", "use_fast_tokenizer", "dataset_name", "dataset_config_name", "train_file", "train_split",
+         "text_column", "text_column_2", "label_column", "unlabelled"),
+        "compared by what it leads to, the tokens of training rows and their number (`train_data`, `train_rows`)",
+    ),
+    **dict.fromkeys(("task_name", "label_type"), "compared by what they lead to, `task` and `label_names`"),
+    **dict.fromkeys(
+        ("validation_file", "validation_split", "max_eval_samples", "heldout_split"),
+        "compared by the rows to choose by (`eval_data`, `eval_rows`), where evaluations decide; otherwise they choose "
+        "what is measured",
+    ),
+    **dict.fromkeys(("test_file", "test_split"), "choose the rows that are predicted at the end"),
+}  # fmt: skip
+_PLACES = ("config_name", "lora_path")  # folders that may move, so only their last names are compared
+
+
+def deciding_flags(*parts: Any) -> dict[str, Any]:
+    """The flags of these dataclasses that decide a run's numbers, all but `NOT_COMPARED`."""
+    own = {k: v for part in parts for k, v in vars(part).items() if k in {f.name for f in fields(part) if f.init}}
+    return {
+        name: Path(value).name if name in _PLACES and value else value
+        for name, value in own.items()
+        if name not in NOT_COMPARED
+    }
+
+
+def _deciding_settings(run: Run, task: Task) -> dict[str, Any]:
+    """The settings that decide the run's numbers. A checkpoint is resumed only if they are the same."""
+    own = deciding_flags(run.model_args, run.data_args, run.lora_args)
     own |= {"label_names": None if task.label_names is None else ", ".join(task.label_names)}
-    own |= {"task": task.name, "model": Path(model_args.model_name_or_path).name}
+    own |= {"task": task.name, "model": Path(run.model_args.model_name_or_path).name}
     if run.training.early_stopping_patience is not None:
         names = ("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model", "greater_is_better")
         own |= {name: getattr(run.training, name) for name in names}
-    return own | {"cls_dropout": model_args.cls_dropout, "attention": model_args.attention}
+    return own
 
 
 def clear_and_log(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *lines: str) -> None:

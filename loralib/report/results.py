@@ -1,6 +1,7 @@
 """Reads a results file, and refuses one whose entries are not of the kinds that this project writes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ RESULTS: Any = {
     "target_total_rank": None,
     "stages": [{"lambda": 0.0, "remaining": 0, "steps": 0, "metrics": {"*": 0.0}}],
 }
+
+
+# Flags that change no number of a run. They say where it writes, what it prints and how it is split over devices (the
+# effective batch is compared instead), or they are older names of flags that are compared.
+WITHOUT_NUMBERS = re.compile(
+    r"output_dir|logging_\w+|log_\w+|run_name|overwrite_\w+|resume_\w+|per_device_\w+|gradient_accumulation_steps|"
+    r"local_rank|dataloader_(num_workers|pin_memory|prefetch_factor)|save_\w+|report_to|\w*cache\w*|"
+    r"hub_\w+|push_to_hub\w*|\w*token|tb_writter_loginterval|disable_tqdm|use_cpu|no_cuda|ddp_\w+|glue_submission|"
+    r"do_(train|predict)|max_predict_samples|skip_memory_metrics|torch_empty_cache_steps|project|trackio\w*|"
+    r"evaluation_strategy|group_by_length|warmup_ratio|pad_to_max_length|restore_callback_states_from_checkpoint|"
+    r"enable_jit_checkpoint|(gradient|activation)_checkpointing\w*|include_\w+|ignore_data_skip|use_fast_tokenizer|"
+    r"trust_remote_code|debug"
+)
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from loralib.report.results import check_results, read_results
+from loralib.logs import last_line
+from loralib.report.results import WITHOUT_NUMBERS, check_results, read_results
 from loralib.report.style import METHODS
 
 # What a task's table shows; the first is the score that evaluations are chosen by, as in AdaLoRA's Table 1.
@@ -25,12 +26,11 @@ GENERAL = ("accuracy", "f1", "matthews_correlation", "combined_score", "pearson"
 SMALLER_IS_BETTER = ("mse",)
 ORDER = ("full", *(name for name in METHODS if name != "full"))
 
-# Flags that tell runs of one method apart without being settings of it.
-NOT_SETTINGS = re.compile(
-    r"(data_)?seed|output_dir|logging_.*|run_name|overwrite_.*|resume_.*|per_device_.*|gradient_accumulation_steps|"
-    r"local_rank|dataloader_.*|save_.*|report_to|.*cache.*|hub_.*|push_to_hub|tb_writter_loginterval|disable_tqdm|"
-    r"do_\w+|.*_for_metrics|eval_(on|delay|do|strategy|steps)\w*|log_.*|use_cpu|no_cuda|ddp_.*|glue_submission|"
-    r"max_(eval|predict)_samples|auto_find_batch_size|deepspeed.*|fsdp.*|accelerator_config|project|trackio.*"
+# Beside WITHOUT_NUMBERS, flags that may change numbers and define no method: a sweep runs again where one of them
+# differs, but the report pools such runs. Rows that differ are named where two methods are compared (TO_AGREE).
+NO_PART_OF_A_METHOD = re.compile(
+    r"(data_)?seed|dataloader_\w+|do_\w+|\w+_for_metrics|eval_(on|delay|do|strategy|steps)\w*|max_eval_samples|"
+    r"auto_find_batch_size|deepspeed\w*|fsdp\w*|accelerator_config"
 )
 
 
@@ -80,7 +80,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """Flags that define the method here, and the effective batch."""
-        kept = {k: v for k, v in self.arguments.items() if not NOT_SETTINGS.fullmatch(k)}
+        none = (WITHOUT_NUMBERS, NO_PART_OF_A_METHOD)
+        kept = {k: v for k, v in self.arguments.items() if not any(names.fullmatch(k) for names in none)}
         return kept | {"effective_batch": self.data.get("effective_batch")}
 
     @property
@@ -270,13 +271,8 @@ def _stage_names(folder: Path) -> list[str]:
 
 
 def _last_words(folder: Path) -> str:
-    """What a run without a results file said last: its last error, else its last line."""
-    try:
-        lines = re.split(r"(?:[\r\n]|\x1b\[A)+", (folder / "run.log").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return ""
-    said = [line for line in lines if re.search(r"\berror: |Error: ", line)] or [x for x in lines if x.strip()]
-    return f"; it said last: {said[-1].strip()[-300:]}" if said else ""
+    said = last_line(folder / "run.log")
+    return f"; its log ends with: {said}" if said else ""
 
 
 def name_variants(runs: Sequence[Run]) -> None:

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from loralib.errors import InputError
-from loralib.sweep.plan import ROOT, Job
+from loralib.sweep.plan import METHODS, ROOT, Job
 from loralib.sweep.settings import Asked, short_path, typed_flags
-
-RECORDED = {"lora-orth": "lora", "lora-sora-baseline": "lora"}  # other names in run.json
 
 
 def ask(jobs: Sequence[Job], processes: int = 1) -> dict[Job, Asked]:
@@ -90,7 +88,7 @@ def _can_be_asked(entry: str) -> bool:
 
 def _asked(job: Job, command: tuple[str, list[str], int], answer: Mapping[str, Any] | None) -> Asked:
     entry, argv, processes = command
-    method = None if job.arm.own else RECORDED.get(job.arm.method, job.arm.method)
+    method = None if job.arm.own else METHODS[job.arm.method]
     arguments = None if answer is None else answer["arguments"]
     batch = None
     data: tuple[str, ...] = ()

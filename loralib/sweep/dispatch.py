@@ -3,20 +3,19 @@
 import argparse
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
 from tqdm import tqdm
 
 from loralib.errors import InputError
+from loralib.logs import last_line
 from loralib.secrets import hide
 from loralib.sweep.cluster import Cluster, ClusterLost, resources
 from loralib.sweep.guard import wait_until_free
@@ -108,7 +107,8 @@ def _list_failed(jobs: Sequence[Job], done: Done) -> int:
     failed = _failed(jobs, done)
     for job in failed:
         diverged = (done.known.get(job) or {}).get("status") == "diverged"
-        word = "its loss, gradients or outputs are no longer finite" if diverged else last_line(job.folder / "run.log")
+        said = last_line(job.folder / "run.log") or "no output"
+        word = "its loss, gradients or outputs are no longer finite" if diverged else said
         print(f"{'diverged' if diverged else 'failed'}: {job.name}: {word}")
     return 1 if failed else 0
 
@@ -269,14 +269,3 @@ def worker(ray: Any, gpus: float, cpus: float) -> Any:
             ).returncode
 
     return work
-
-
-def last_line(log: Path) -> str:
-    """The last error in the log of a run, or its last line if it has no error."""
-    try:
-        text = log.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "no output"
-    lines = [line.strip()[:300] for line in re.split(r"(?:[\r\n]|\x1b\[A)+", text)]  # \x1b[A: a progress bar
-    errors = [line for line in lines if re.search(r"\berror: |Error: ", line)]
-    return hide(next((line for line in [*errors[-1:], *reversed(lines)] if line), "no output"))

@@ -12,7 +12,9 @@ from loralib.errors import InputError
 from loralib.secrets import is_secret
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("lora", "lora-orth", "adalora", "sora", "rm-lora-v1", "rm-lora-v2", "full", "lora-sora-baseline")
+# The methods of the task scripts, each with its name in run.json. scripts/launch.sh has the same list.
+METHODS = {"lora": "lora", "lora-orth": "lora", "adalora": "adalora", "sora": "sora", "rm-lora-v1": "rm-lora-v1",
+           "rm-lora-v2": "rm-lora-v2", "full": "full", "lora-sora-baseline": "lora"}  # fmt: skip
 Point = tuple[tuple[str, str], ...]  # values of a grid: (flag, value) pairs
 
 

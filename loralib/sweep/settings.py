@@ -1,21 +1,12 @@
 """The flags that decide a run's numbers, and the differences of two runs in them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Flags that change no number of a run. They say where it writes, what it prints and how it is split over devices (the
-# effective batch is compared instead), or they are older names of flags that are compared.
-WITHOUT_NUMBERS = re.compile(
-    r"output_dir|logging_\w+|log_\w+|run_name|overwrite_\w+|resume_\w+|per_device_\w+|gradient_accumulation_steps|"
-    r"local_rank|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|save_\w+|report_to|\w*cache\w*|"
-    r"hub_\w+|push_to_hub\w*|\w*token|tb_writter_loginterval|disable_tqdm|use_cpu|no_cuda|ddp_\w+|glue_submission|"
-    r"do_(train|predict)|max_predict_samples|skip_memory_metrics|torch_empty_cache_steps|project|trackio\w*|"
-    r"evaluation_strategy|group_by_length|warmup_ratio|pad_to_max_length|restore_callback_states_from_checkpoint|"
-    r"enable_jit_checkpoint|(gradient|activation)_checkpointing\w*|include_\w+|ignore_data_skip|use_fast_tokenizer|trust_remote_code|debug"
-)
+from loralib.report.results import WITHOUT_NUMBERS
+
 # Folders and files may move, so only the last names of their paths are compared.
 PLACES = (
     "model_name_or_path",
