@@ -109,8 +109,9 @@ class RankAllocator:
     def at_target(self, steps: int) -> bool:
         """Whether the model after `steps` optimizer steps is masked to the target budget of the final phase.
 
-        The final phase begins with step T - t_f. Values that a mask has set to 0 grow again at the next step, so the
-        last of these steps must have masked.
+        That is so from T - t_f + 2 steps on, or T - t_f + 1 if mask_interval divides T - t_f: every step of an index
+        above T - t_f masks, and that of index T - t_f only in the rhythm. Values that a mask has set to 0 grow again
+        at the next step, so the last step must have masked.
         """
         last = steps - 1
         return last >= self.total_step - self.final_warmup and self.schedule(last) == (self.target_total, True)

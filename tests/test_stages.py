@@ -101,6 +101,7 @@ def test_finished_stages_are_taken(
     with caplog.at_level(logging.INFO, logger="loralib"):
         entry_point("SoRA").main([*flags, f"--output_dir={killed}"])
     assert "stage-0 is finished" in caplog.text and "stage-1 is finished" in caplog.text
+    assert "method: sora, stage 3 of 3 (the run's own folder)" in caplog.text
     assert before == [(killed / f"stage-{k}" / "run.json").read_bytes() for k in (0, 1)]
     assert same(killed, finished) and len(record(killed)["stages"]) == 3
     whole, stages = record(killed), [record(killed / f"stage-{k}") for k in (0, 1)]
@@ -156,7 +157,7 @@ def test_a_damaged_stage_is_run_again(
     else:
         file.write_text({"empty": "", "cut": text[:99], "a list": "[]"}[damage])
     entry_point("SoRA").main([*flags, f"--output_dir={killed}"])
-    assert "the stage is run again" in caplog.text
+    assert "the stage is run again" in caplog.text and "method: sora, stage 2 of 3 (folder stage-1)" in caplog.text
     assert same(killed, finished) and record(killed / "stage-1")["status"] == "finished"
 
 

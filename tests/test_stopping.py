@@ -89,7 +89,7 @@ def test_the_allocator_knows_when_its_budget_is_the_target() -> None:
             if sum(allocator.ranks().values()) <= allocator.target_total and step >= 31:
                 within.append(step + 1)
         assert within == [steps for steps in range(41) if allocator.at_target(steps)]
-        assert within == list(range(32 if interval == 1 else 33, 41))  # step 31 is in the rhythm of 1 alone
+        assert within == list(range(31 + (1 if interval == 1 else 2), 41))  # T - t_f is 31, which 1 divides
 
 
 def best_of(
@@ -206,7 +206,7 @@ def test_an_interrupted_run_stops_where_the_straight_one_does(
 def test_adalora_counts_from_the_final_phase_on(
     flags: list[str], tmp_path: Path, entry_point: Callable[[str], Any], caplog: Any
 ) -> None:
-    """T - tf is 12, and the step after it masks: the evaluation of step 14 is the first, 20 is the third after it."""
+    """T - t_f is 12: the first evaluation at the target is after 12 + 2 steps, and the third after that after 20."""
     adalora = "--lora_type svd --apply_adalora --target_rank 2 --init_warmup 2 --mask_interval 5 --final_warmup".split()
     main = entry_point("AdaLoRA").main
     with caplog.at_level(logging.INFO, logger="loralib"):

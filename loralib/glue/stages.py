@@ -65,7 +65,7 @@ def train_in_stages(
             done = record_of(Path(stage.training.output_dir))
             before += done.get("total_seconds", done.get("wall_seconds", 0.0))
         else:
-            begin_method(stage, trainer, method, f"{method.name}, stage {number} of {len(methods)}")
+            begin_method(stage, trainer, method, _title(method, number, len(methods)))
             try:
                 train_and_report(stage, trainer, data)
             except RunDiverged as error:
@@ -77,11 +77,17 @@ def train_in_stages(
         run = last_stage(run, len(earlier), epochs, tuple(last.facts()))
         run.seconds_before = before
     trainer = trainer_with(run, last, arguments | {"args": run.training}, data.task)
-    begin_method(run, trainer, last)
+    begin_method(run, trainer, last, _title(last, len(earlier), len(methods)) if earlier else "")
     metrics = train_and_report(run, trainer, data)
     if earlier:
         show_stages(run)
     return metrics
+
+
+def _title(method: Method, number: int, count: int) -> str:
+    """What the log calls stage `number`, which is 0 for the first; the folders count from 0, too."""
+    where = f"folder stage-{number}" if number < count - 1 else "the run's own folder"
+    return f"{method.name}, stage {number + 1} of {count} ({where})"
 
 
 def lengths(training: Any, count: int, epochs: float | None) -> str:
