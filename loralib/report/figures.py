@@ -305,12 +305,12 @@ def tuning(
     few = len(best) <= MOST_BANDS  # bands of more methods hide each other: bars side by side do not
     for i, (name, of_k) in enumerate(best.items()):
         look, (mean, deviation) = style(name, names), np.transpose(of_k)
-        x = np.arange(1, len(of_k) + 1) + (0 if few else 0.035 * (i - (len(best) - 1) / 2))
-        last.plot(x, mean, label=wrapped(name), markersize=4, **look)
+        drawn = np.arange(1, len(of_k) + 1) + (0 if few else 0.035 * (i - (len(best) - 1) / 2))
+        last.plot(drawn, mean, label=wrapped(name), markersize=4, **look)
         if few:
-            last.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=0.15, linewidth=0)
+            last.fill_between(drawn, mean - deviation, mean + deviation, color=look["color"], alpha=0.15, linewidth=0)
         else:
-            last.errorbar(x, mean, deviation, fmt="none", ecolor=look["color"], elinewidth=1, capsize=2, alpha=0.7)
+            last.errorbar(drawn, mean, deviation, fmt="none", ecolor=look["color"], elinewidth=1, capsize=2, alpha=0.7)
     last.set_xlabel(f"number of trials ({'band' if few else 'bar'}: one standard deviation)")
     last.set_ylabel(f"{metric}: best to expect")
     last.xaxis.set_major_locator(MaxNLocator(integer=True))
