@@ -170,7 +170,7 @@ class RankAllocator:
         return score
 
     def _mask(self, remove: int) -> None:
-        """Zero every E whose score is at most the `remove`-th smallest (ledger A5: ties fall together)."""
+        """Set every E to 0 whose score is at most the `remove`-th smallest. Ties there are all removed (ledger A5)."""
         score = self.scores()
         self.threshold = score.view(-1).kthvalue(remove).values
         self._masked = score <= self.threshold
@@ -179,31 +179,31 @@ class RankAllocator:
         torch._foreach_copy_([e.detach() for e in self.E], list(values.unbind()))
 
     def ranks(self) -> dict[str, int]:
-        """Non-zero singular values of each matrix. Reads the device."""
+        """Non-zero singular values of each matrix. Synchronises with the GPU."""
         counts = torch.stack([e.detach() for e in self.E]).count_nonzero(dim=(1, 2)).tolist()
         return dict(zip(self.names, counts, strict=True))
 
     def kept_ranks(self) -> dict[str, int]:
-        """How many singular values of each matrix the last mask has kept; r before the first mask. Reads the device.
+        """How many singular values of each matrix the last mask has kept; r before the first mask.
 
         The optimizer moves masked values away from 0 at its next step. So between two masks `ranks` counts more values
-        than this method, up to all of them.
+        than this method, up to all of them. Both synchronise with the GPU.
         """
         counts = [self.r] * len(self.names) if self._masked is None else (~self._masked).sum(1).tolist()
         return dict(zip(self.names, counts, strict=True))
 
     def remaining_parameters(self) -> int:
-        """Elements of the triplets that the last mask kept: rank (in + out + 1) for each matrix. Reads the device."""
+        """Elements of the triplets that the last mask kept: rank (in + out + 1) for each matrix."""
         sizes = [a.shape[1] + b.shape[0] + 1 for a, b in zip(self.A, self.B, strict=True)]
         return sum(rank * size for rank, size in zip(self.kept_ranks().values(), sizes, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Importance and uncertainty by parameter; threshold, ranks and budget of the last mask (ledger A8)."""
+        """Importance and uncertainty by parameter; threshold, places and budget of the last mask (ledger A8)."""
         keys = [f"{name}.lora_{kind}" for kind in "ABE" for name in self.names]
         state = {f"importance.{k}": t for k, t in zip(keys, self.importance, strict=True)}
         state |= {f"uncertainty.{k}": t for k, t in zip(keys, self.uncertainty, strict=True)}
         if self.threshold is not None and self._masked is not None:
-            state |= {"threshold": self.threshold, "kept": (~self._masked).sum(1)}
+            state |= {"threshold": self.threshold, "masked": self._masked}
         if self.budget != self.total_rank:
             state["budget"] = torch.tensor(self.budget)
         return state
@@ -229,9 +229,11 @@ class RankAllocator:
         self.threshold = state["threshold"].to(device) if "threshold" in state else None
         self.budget = int(state["budget"]) if "budget" in state else self.total_rank  # the next step sets it anew
         self._masked = None
-        if "kept" in state:  # how many of each matrix were kept, not which: the next mask chooses anew
+        if "masked" in state:
+            self._masked = state["masked"].to(device)
+        elif "kept" in state:  # an earlier format has the number of each matrix alone; its sums are all that is read
             self._masked = torch.arange(self.r, device=device) >= state["kept"].to(device).unsqueeze(1)
-        elif self.threshold is not None:  # an older file; in the final phase this is exact
+        elif self.threshold is not None:  # a still earlier one; exact if the importance has not changed since the mask
             self._masked = self.scores() <= self.threshold
 
 

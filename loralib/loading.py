@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loralib.adapt import is_lora
-from loralib.adapters.exports import language_model, read_run, restored, tokenizer_of
+from loralib.adapters.exports import read_run, restored, tokenizer_of
 from loralib.adapters.peft import PEFT_CONFIG, read_peft
-from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter
-from loralib.adapters.start import output_layer
+from loralib.adapters.reading import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    Adapter,
+    holds_decoder,
+    is_decoder,
+    output_layer,
+)
 from loralib.errors import InputError
 from loralib.jsonfile import find_json, read_json
 from loralib.layers import LoRALinear
@@ -74,7 +80,7 @@ def _whole(folder: Path) -> Any:
     """Load a fully fine-tuned or merged model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    kind: Any = AutoModelForCausalLM if language_model(folder) else AutoModelForSequenceClassification
+    kind: Any = AutoModelForCausalLM if holds_decoder(folder) else AutoModelForSequenceClassification
     try:
         model, found = kind.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -148,7 +154,7 @@ def predict(
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise InputError(f"predict takes a list of texts or of pairs, not a {type(texts).__name__}.")
     names, kind = getattr(model.config, "id2label", {}), getattr(model.config, "problem_type", None)
-    if language_model(model.config) or kind == "multi_label_classification":
+    if is_decoder(type(model).__name__) or kind == "multi_label_classification":
         raise InputError(f"{type(model).__name__} gives no label for a text: predict needs a classifier of one label.")
     columns = list(zip(*(_as_pair(number, text) for number, text in enumerate(texts)), strict=True))
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length

@@ -1,4 +1,4 @@
-"""What each method is, as one value: its layer, its loss term, and what it does around the optimizer's step.
+"""`Method`: what a training loop must know about one method, and the functions that make it for each method.
 
 | method | layer | loss term | before the step | optimizer | after the step |
 |---|---|---|---|---|---|
@@ -7,7 +7,8 @@
 | SoRA | GatedLinear | gate_l1 | | SparseAdamW, a threshold on the gates | |
 | RM-LoRA | LoRALinear | svd_penalty | RandomMask | AdamW | |
 
-The four functions below adapt a model and return a `Method`. A training loop calls it at these places:
+The functions below return a `Method`; all but `full_fine_tuning` adapt the model. A training loop calls it
+at these places:
 
     method = rm_lora(model, ["query", "value"], r=8, lora_alpha=16, random_rank=4)
     optimizer = method.optimizer(lr=1e-3)
@@ -55,7 +56,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 @dataclass
 class Method:
-    """One row of the table above. The default of each field is to do nothing.
+    """What a training loop must know about one method. By default every hook does nothing, and the optimizer is AdamW.
 
     Attributes:
         name: the name in logs, records and reports.
@@ -64,20 +65,23 @@ class Method:
         penalty: returns the loss term without its weight, a scalar.
         penalty_coef: weight of the loss term; with 0 it is not computed (ledger L7).
         penalty_name: name under which the loss term is logged, without its weight.
-        begin: begin(total_steps) is called once before the first step. It raises InputError if the method's schedule
-            does not fit into this number of optimizer steps.
+        begin: begin(total_steps) is called before the first step, and again if the number of optimizer steps changes
+            (auto_find_batch_size) or is checked before training, so a second call must do no harm. It raises InputError
+            if the method's schedule does not fit into this number of steps.
         before_step: before_step(step, epoch=0, measure=False) is called after clipping and before the optimizer's step
             `step` (0 for the first) of epoch `epoch`. `measure` is True if this step is logged by its number, so that
             `scalars` may report on it; a log at the end of an epoch is not foreseen.
         after_step: after_step(step, gradients_valid=True) is called right after the optimizer's step, while the
             gradients are still there. `gradients_valid` is False if a gradient scaler skipped the step.
-        optimizer_class: the optimizer that the method needs.
+        optimizer_class: the class of the method's optimizer. A trainer that would choose another one is refused, or
+            makes this one, if it is not AdamW or if there are `own_groups`.
         own_groups: parameter groups with settings of their own (SoRA's gates).
         state: the pieces whose state a checkpoint keeps, by name.
-        scalars: returns numbers to log, by their names in TensorBoard. It reads the device.
+        scalars: returns numbers to log, by their names in TensorBoard. It synchronises with the GPU.
         log_every: number of optimizer steps from one such log to the next; None: they are logged with the loss.
-        complaint: returns a sentence if the adapter adds nothing any more, otherwise None. It reads the device.
-        facts: returns what the record of a finished run says about the method. It reads the device.
+        complaint: returns a sentence if every rank or gate is 0, so that the adapter adds nothing, otherwise None. It
+            synchronises with the GPU, and so does `facts`.
+        facts: returns what the record of a finished run says about the method.
         plan: plan(total_steps) returns a sentence about what the method will do in a run; "" for none.
     """
 
@@ -98,6 +102,11 @@ class Method:
     complaint: Callable[[], str | None] = _nothing
     facts: Callable[[], dict[str, Any]] = dict
     plan: Callable[[int], str] = lambda total_steps: ""
+
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether a trainer must use the method's own optimizer; otherwise any optimizer will do."""
+        return self.optimizer_class is not torch.optim.AdamW or bool(self.own_groups)
 
     def loss(self) -> Tensor | float:
         """The weighted loss term, a scalar to add to the task's loss; 0.0 if the method has none.
@@ -124,7 +133,10 @@ class Method:
             InputError: the method has factors and no model, so it does not know which parameters train.
         """
         if self.model is None:
-            raise InputError(f"{self.name} has factors and no model: give their parameters to an optimizer yourself.")
+            raise InputError(
+                f"{self.name} was made from factors without a model, so it cannot list the model's parameters: make "
+                "the optimizer yourself."
+            )
         own = {id(p) for group in self.own_groups for p in group["params"]}
         rest = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in own]
         decay = [p.dim() > 1 if decayed is None else n in decayed for n, p in rest]
@@ -149,14 +161,14 @@ def lora(
     triplets: bool = False,
     **settings: Any,
 ) -> Method:
-    """LoRA (arXiv 2106.09685), if you like with a penalty on directions that are not orthogonal.
+    """LoRA (arXiv 2106.09685), with an optional orthogonality penalty.
 
     Args:
         model: the model to adapt. Without `modules`: a model that `adapt` or Hugging Face PEFT has adapted already, or
             its `Factors`.
         modules: the layers to adapt, see `adapt.match_modules`.
-        reg_orth_coef: weight of the penalty on cosines between directions (ledger L6); with `triplets` on A A^T - I and
-            B^T B - I (ledger L5).
+        reg_orth_coef: weight of the penalty. It is the mean absolute cosine between directions (ledger L6); with
+            `triplets` it is that on A A^T - I and B^T B - I (ledger L5).
         triplets: use AdaLoRA's layer, and keep all its singular values.
         settings: arguments of the layer: r, lora_alpha, lora_dropout, init_std.
 
@@ -391,7 +403,12 @@ def _factors(
     settings: Mapping[str, Any],
     penalty_coef: float = 0.0,
 ) -> Factors:
-    """Adapt the model if `modules` are given, and find its factors."""
+    """Adapt the model if `modules` are given, and find its factors.
+
+    Raises:
+        InputError: `modules` for `Factors`; `settings` without `modules`; or a penalty for a model that has
+            one in its own loss.
+    """
     if modules is not None:
         if isinstance(model, Factors):
             raise InputError("factors are adapted already: leave out the modules to adapt.")

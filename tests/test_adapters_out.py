@@ -18,7 +18,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertTokenizer,
     DebertaV2Config,
 )
@@ -76,6 +79,35 @@ def test_every_route_computes_what_the_trained_model_computes(
     merge(trained)
     close(trained)
     assert not list(adapted_layers(trained))
+
+
+@pytest.mark.parametrize(
+    "kind, task, loader",
+    [
+        (BertForTokenClassification, "TOKEN_CLS", peft.AutoPeftModelForTokenClassification),
+        (BertForQuestionAnswering, "QUESTION_ANS", peft.AutoPeftModelForQuestionAnswering),
+        (BertForMaskedLM, None, None),  # PEFT has no name for it
+    ],
+)
+def test_an_export_to_peft_names_the_task_of_the_model(
+    tmp_path: Path, kind: Any, task: str | None, loader: Any
+) -> None:
+    torch.manual_seed(0)
+    base, ids = tmp_path / "base", torch.arange(12).view(2, 6)
+    kind(BertConfig(**SIZE)).save_pretrained(base)
+    trained = kind.from_pretrained(base)
+    adapt(trained, LoRALinear, ["query"], r=R, lora_alpha=12.0)
+    fill(trained, None)
+    save_adapter(trained, tmp_path / "run", {"lora_r": R, "lora_alpha": 12.0, "base_model": str(base)})
+    export_peft(tmp_path / "run", tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == task
+    if loader is None:
+        theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path / "peft")
+    else:
+        theirs = loader.from_pretrained(tmp_path / "peft")
+    with torch.no_grad():
+        wanted, found = trained.eval()(ids), theirs.eval()(ids)
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-5)
 
 
 # ---- files hold what counts say ----

@@ -138,10 +138,14 @@ def test_allocator_state_goes_round() -> None:
     assert torch.equal(one.scores(), other.scores()) and torch.equal(one.threshold, other.threshold)
     assert one.kept_ranks() == other.kept_ranks() == one.ranks() and sum(one.ranks().values()) < one.total_rank
     assert other.budget == one.budget < one.total_rank
-    older = {k: v for k, v in one.state_dict().items() if k not in ("kept", "budget")}  # importance is as at the mask
-    other.restart()
-    other.load_state_dict(older)
-    assert other.kept_ranks() == one.ranks() and other.budget == other.total_rank
+    zeros = torch.stack([e.detach().squeeze(1) == 0 for e in one.E])
+    assert torch.equal(other.state_dict()["masked"], zeros)  # the places, not only how many
+    older = {k: v for k, v in one.state_dict().items() if k not in ("masked", "budget")}
+    # commit 409de3b wrote the number of values that were kept; before it nothing, and importance is as at the mask
+    for state in (older | {"kept": (~zeros).sum(1)}, older):
+        other.restart()
+        other.load_state_dict(state)
+        assert other.kept_ranks() == one.ranks() and other.budget == other.total_rank
     broken = one.state_dict()
     broken.pop("importance.layers.0.lora_A")
     with pytest.raises(InputError, match=r"importance\.layers\.0\.lora_A"):

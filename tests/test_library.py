@@ -158,6 +158,25 @@ def test_a_callback_in_the_stock_trainer_is_lora_trainer(kind: str, tmp_path: Pa
         assert method.facts()["remaining"] < sum(p.numel() for p in (*method.factors.A, *method.factors.B))
 
 
+def test_an_optimizer_class_counts_without_groups_of_its_own(tmp_path: Path) -> None:
+    """The mixin makes the method's optimizer, and the callback refuses another one."""
+    for kind in ("mixin", "callback", "given"):
+        method = put_in("lora", bert(), 0.0)
+        method.optimizer_class = torch.optim.RAdam
+        given = parts(method.model, tmp_path / kind)
+        if kind == "mixin":
+            trainer: Trainer = PenaltyTrainer(method=method, **given)
+        else:
+            own = method.optimizer(0.01) if kind == "given" else None
+            trainer = Trainer(callbacks=[MethodCallback(method)], optimizers=(own, None), **given)
+        if kind == "callback":
+            with pytest.raises(InputError, match="lora needs an optimizer of its own, RAdam"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)) is torch.optim.RAdam
+
+
 @pytest.mark.parametrize("kind", ["lora", "adalora", "sora", "v1"])
 def test_the_mixin_is_lora_trainer(kind: str, tmp_path: Path) -> None:
     """Penalties enter before clipping, once an accumulation group, and are logged by their name."""
@@ -280,7 +299,7 @@ def test_what_a_trainer_lacks_is_said(tmp_path: Path) -> None:
     method = put_in("v1", bert(), 0.3)
     with pytest.raises(InputError, match="rm-lora-v1 has a penalty.*WithPenalty"):
         Trainer(callbacks=[MethodCallback(method)], **parts(method.model, tmp_path)).train()
-    with pytest.raises(InputError, match="MethodCallback already"):
+    with pytest.raises(InputError, match="adds a MethodCallback itself"):
         PenaltyTrainer(method=method, callbacks=[MethodCallback(method)], **parts(method.model, tmp_path))
     method = put_in("sora", bert(), 0.0)
     with pytest.raises(InputError, match=r"SparseAdamW: give the trainer optimizers=\(method.optimizer\(lr\), None\)"):

@@ -96,11 +96,42 @@ def test_a_language_models_adapter_loads(base: Path, tmp_path: Path) -> None:
     plain.config.save_pretrained(tmp_path / "run")
     model, _ = load(tmp_path / "run")
     assert isinstance(model, LlamaForCausalLM) and torch.equal(logits(model), logits(plain.eval()))
+    loralib.export_peft(tmp_path / "run", tmp_path / "peft")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft")  # it reads the task type
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
     loralib.export_merged(tmp_path / "run", tmp_path / "merged")
     merged, tokenizer = load(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="LlamaForCausalLM gives no label"):
         predict(merged, ["a b"], tokenizer)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_classifier_on_a_decoder_is_no_language_model(recorded: bool, base: Path, tmp_path: Path) -> None:
+    """The config.json of such a run names the class of its base model, LlamaForCausalLM; older runs have only this."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).save_pretrained(tmp_path / "b")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "b")
+    trained = load_base(tmp_path / "b", 3)
+    trained.config.pad_token_id = 0  # as the entry points set it
+    adapt(trained, LoRALinear, ["q_proj"], r=2, lora_alpha=6)
+    torch.nn.init.normal_(trained.model.layers[0].self_attn.q_proj.lora_B)
+    run = tmp_path / "run"
+    loralib.save_adapter(trained, run, facts(tmp_path / "b") | {"lora_alpha": 6})
+    trained.config.save_pretrained(run)
+    assert json.loads((run / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    stated = json.loads((run / "adapter.json").read_text())
+    assert stated.pop("model_class") == "LlamaForSequenceClassification"
+    if not recorded:
+        (run / "adapter.json").write_text(json.dumps(stated))
+    loralib.export_merged(run, tmp_path / "merged")
+    loralib.export_peft(run, tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    for folder in (run, tmp_path / "merged", tmp_path / "peft"):
+        model, tokenizer = load(folder)
+        torch.testing.assert_close(logits(model), logits(trained.eval()), rtol=0, atol=1e-5)
+        assert len(predict(model, ["a b"], tokenizer)[0].scores) == 3
 
 
 @pytest.mark.parametrize("num_labels", [3, 1])

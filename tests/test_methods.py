@@ -134,7 +134,7 @@ def test_a_method_adapts_a_model_or_takes_what_is_adapted() -> None:
     assert again.factors.A[0] is method.factors.A[0] is model[0].lora_A
     alone = rm_lora(factors(model), random_rank=2)
     assert alone.model is None and alone.factors == again.factors
-    with pytest.raises(InputError, match="give their parameters to an optimizer yourself"):
+    with pytest.raises(InputError, match="make the optimizer yourself"):
         alone.optimizer(0.1)
 
 

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from loralib.adapt import adapt, adapted_layers, put_layers
 from loralib.adapters.own import load_adapter, load_trained, other_backbone, read_own
-from loralib.adapters.reading import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, read_number
+from loralib.adapters.reading import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    Adapter,
+    is_decoder,
+    is_language_model,
+    read_number,
+)
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
-from loralib.jsonfile import read_json
 from loralib.kernels.prepare import prepare_one_by_one
 from loralib.layers import DIAGONALS, KINDS, START, LoRALinear
 
@@ -45,9 +51,9 @@ def read_run(folder: str | Path) -> Adapter:
 def folded(adapter: Adapter) -> Adapter:
     """The same update as two plain factors for each matrix.
 
-    Triplets and gates of value 0 are removed, and the others are multiplied into lora_A. A matrix of rank 0 is left
-    out. The scaling stays. If the start took a product out of the frozen weight (PiSSA), its factors are appended with
-    a minus sign, which gives rank 2 r on the base model's own weight.
+    Triplets and gates of value 0 are removed, and the others are multiplied into lora_A. A matrix of rank 0 adds
+    nothing and is omitted. The scaling stays. If the start took a product out of the frozen weight (PiSSA), its factors
+    are appended with a minus sign, which gives rank 2 r on the base model's own weight.
 
     Raises:
         InputError: a layer computes more than weight + scaling B diag A.
@@ -146,7 +152,7 @@ def export_merged(
     adapter = read_run(run)
     model, name, revision = restored(adapter if layer else folded(adapter), base, layer)
     merge(model)
-    if not language_model(model.config):
+    if not is_decoder(type(model).__name__):
         _name_outputs(model.config, adapter)
     tokenizer = tokenizer_of(adapter.source, name, revision)
     with new_folder(Path(out)) as folder:
@@ -181,16 +187,6 @@ def merge(model: nn.Module) -> None:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, plain[id(module)])
     prepare_one_by_one(model)
-
-
-def language_model(source: Any) -> bool:
-    """Whether a config, or the config.json of a folder, describes a decoder with its own output layer."""
-    if isinstance(source, Path):
-        file = source / "config.json"
-        architectures = read_json(file).get("architectures") if file.is_file() else None
-    else:
-        architectures = getattr(source, "architectures", None)
-    return any(str(name).endswith("ForCausalLM") for name in architectures or ())
 
 
 def restored(
@@ -250,8 +246,8 @@ def base_model(
 ) -> tuple["PreTrainedModel", str, str | None]:
     """Load the pretrained model of an adapter.
 
-    The model is a language model if the adapter's config.json or PEFT's task type says so, otherwise a classifier with
-    a head of the adapter's shape.
+    The model is a language model if the adapter was trained in one, otherwise a classifier with a head of the adapter's
+    shape.
 
     Args:
         base: name or folder of the model; None: the recorded one.
@@ -286,8 +282,7 @@ def base_model(
         config = AutoConfig.from_pretrained(adapter.source if own else os.path.expanduser(name))
         if outputs is not None and not own and config.num_labels != outputs:
             config.num_labels = outputs
-        decoder = language_model(adapter.source) or adapter.config.get("task_type") == "CAUSAL_LM"
-        kind: Any = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
+        kind: Any = AutoModelForCausalLM if is_language_model(adapter) else AutoModelForSequenceClassification
         model, found = kind.from_pretrained(
             os.path.expanduser(name),
             config=config,

@@ -39,6 +39,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def adapter_facts(model: nn.Module) -> dict[str, Any]:
     """The entries of `adapter.json` that are read from the model.
 
+    model_class: name of the class of the model.
     head: names of the trained parameters outside of the adapter.
     ranks, scaling: numbers by matrix.
     low_rank: whether each layer computes weight + scaling B diag A and nothing else.
@@ -50,6 +51,7 @@ def adapter_facts(model: nn.Module) -> dict[str, Any]:
     shared = {name: first[id(p)] for name, p in every if is_lora(name) and first[id(p)] != name}
     head = [name for name, p in model.named_parameters() if p.requires_grad and not is_lora(name)]
     facts: dict[str, Any] = {
+        "model_class": type(model).__name__,
         "backbone_sum": backbone_sum(model, head),
         "low_rank": all(_low_rank(layer) for _, layer in adapted_layers(model)),
         "head": head,
@@ -63,8 +65,8 @@ def _low_rank(layer: LoRALinear) -> bool:
     """Whether the update is scaling B diag A, with the diagonal as the file holds it."""
     d, held = layer.diagonal(), [getattr(layer, key) for key in DIAGONALS if hasattr(layer, key)]
     stored = not held if d is None else len(held) == 1 and torch.equal(d, held[0].view(-1))
-    told = layer.pretrained is None or hasattr(layer, START[0])  # does the file tell what the start has taken out?
-    return stored and told and type(layer).delta_weight is LoRALinear.delta_weight
+    start_is_stored = layer.pretrained is None or hasattr(layer, START[0])
+    return stored and start_is_stored and type(layer).delta_weight is LoRALinear.delta_weight
 
 
 def backbone_sum(model: nn.Module, head: Iterable[str]) -> float:

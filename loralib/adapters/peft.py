@@ -5,18 +5,34 @@ import re
 from pathlib import Path
 
 from loralib.adapters.exports import copy_config, folded, read_run
-from loralib.adapters.reading import PEFT_FILES, Adapter, read_number, read_state, split_state
+from loralib.adapters.reading import (
+    PEFT_FILES,
+    Adapter,
+    is_language_model,
+    read_number,
+    read_state,
+    split_state,
+)
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
 from loralib.jsonfile import read_json
 
 PEFT_CONFIG = "adapter_config.json"
-# Settings with which PEFT's LoRA computes more than W + scaling B A; then the starts that do not change W.
+# Settings with which PEFT's LoRA computes more than W + scaling B A.
 PEFT_MORE = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
     "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
 )  # fmt: skip
+# Values of init_lora_weights with which the base model's weights stay as they are.
 PEFT_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+# PEFT's task types by the ends of the names of transformers' classes.
+TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -86,7 +102,7 @@ def export_peft(run: str | Path, out: str | Path, base: str | None = None) -> No
     alpha = next(alphas[name] for name in sizes if sizes[name] == r)
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": _task_type(adapter),
         "base_model_name_or_path": base or adapter.config.get("base_model"),
         "revision": None if base else adapter.config.get("base_model_revision"),
         "r": r,
@@ -108,6 +124,16 @@ def export_peft(run: str | Path, out: str | Path, base: str | None = None) -> No
         write_tensors(folder / PEFT_FILES[0], state)
         write_json(folder / PEFT_CONFIG, config)
         copy_config(adapter, folder)
+
+
+def _task_type(adapter: Adapter) -> str | None:
+    """PEFT's name for the task of the model that the adapter was trained in; None if PEFT has no name for it.
+
+    Adapters whose files do not name the model's class were trained in a decoder or in a classifier of texts.
+    """
+    if recorded := adapter.config.get("model_class"):
+        return next((task for end, task in TASK_TYPES.items() if str(recorded).endswith(end)), None)
+    return "CAUSAL_LM" if is_language_model(adapter) else "SEQ_CLS"
 
 
 def _head_module(parameter: str) -> str:

@@ -1,5 +1,6 @@
 """The reader of foreign files: state dicts and JSON objects become an `Adapter`. No file can make it execute code."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from loralib.adapt import is_lora
 from loralib.errors import InputError
+from loralib.jsonfile import read_json
 from loralib.layers import DIAGONALS
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -19,6 +21,7 @@ ADAPTER_CONFIG = "adapter.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Floats of fewer bits need scales, which a state dict does not hold.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OUTPUT_LAYER = re.compile(r"(?:^|\.)(?:classifier|score|out_proj|logits_proj)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Adapter:
     matrices: by module name lora_A (r, in), lora_B (out, r) and what the layer adds.
     scaling: by module name; files of the released code do not tell it, so it is missing for their matrices.
     rest: the head; for a file that holds the whole model also the backbone.
-    complete: whether the file names each adapted matrix, one of rank 0 in `config["ranks"]` alone.
+    complete: whether the files name every adapted matrix. One of rank 0 has no tensors; `config["ranks"]` has it.
     """
 
     source: Path
@@ -134,3 +137,37 @@ def split_state(state: Mapping[str, Tensor], source: Path) -> tuple[dict[str, di
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def output_layer(head: Mapping[str, Tensor]) -> list[str] | None:
+    """Keys of the weight (outputs, in) and bias (outputs,) of a head's last layer; None if it has no such weight."""
+    last = [k for k, t in head.items() if t.ndim == 2 and OUTPUT_LAYER.search(k) and not re.search(r"\.\d+\.", k)]
+    if not last:
+        return None
+    bias = f"{last[-1].removesuffix('weight')}bias"
+    return [last[-1], bias] if bias in head else [last[-1]]
+
+
+def is_language_model(adapter: Adapter) -> bool:
+    """Whether an adapter was trained in a decoder with its own output layer, so that it has no head of a task.
+
+    `adapter.json` has the model's class. Older files and those of PEFT do not: there a head decides first, because the
+    config.json of a classifier may name the class of its base model, which is a decoder.
+    """
+    if recorded := adapter.config.get("model_class"):
+        return is_decoder(recorded)
+    if output_layer(adapter.rest) is not None:
+        return False
+    return adapter.config.get("task_type") == "CAUSAL_LM" or holds_decoder(adapter.source)
+
+
+def holds_decoder(folder: Path) -> bool:
+    """Whether the config.json of a folder, if there is one, names a decoder with its own output layer."""
+    file = folder / "config.json"
+    named = read_json(file).get("architectures") if file.is_file() else None
+    return isinstance(named, list) and any(map(is_decoder, named))
+
+
+def is_decoder(model_class: Any) -> bool:
+    """Whether this is the name of a class of decoders with their own output layer."""
+    return str(model_class).endswith("ForCausalLM")

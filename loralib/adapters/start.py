@@ -1,7 +1,6 @@
 """Starts a run from an adapter: `--lora_path` reads one of any format and puts it into a freshly adapted model."""
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,14 +16,13 @@ from loralib.adapters.reading import (
     ADAPTER_FILE,
     PEFT_FILES,
     Adapter,
+    output_layer,
     read_state,
     shape_of,
     split_state,
 )
 from loralib.errors import InputError
 from loralib.layers import DIAGONALS, START, LoRALinear
-
-OUTPUT_LAYER = re.compile(r"(?:^|\.)(?:classifier|score|out_proj|logits_proj)\.weight$")
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -119,18 +117,9 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
         lines.append(f"{smaller} of {len(layers)} matrices have a lower rank there: further directions start anew")
     for theirs, ours in sorted(scalings)[:1]:
         lines.append(
-            f"it was trained with the scaling {theirs:g}, this run has {ours:g}: the ratio went into its values"
+            f"the adapter's scaling {theirs:g} differs from this run's {ours:g}: its factors take in the ratio"
         )
     return lines
-
-
-def output_layer(head: Mapping[str, Tensor]) -> list[str] | None:
-    """Keys of the weight (outputs, in) and bias (outputs,) of a head's last layer; None if it has no such weight."""
-    last = [k for k, t in head.items() if t.ndim == 2 and OUTPUT_LAYER.search(k) and not re.search(r"\.\d+\.", k)]
-    if not last:
-        return None
-    bias = f"{last[-1].removesuffix('weight')}bias"
-    return [last[-1], bias] if bias in head else [last[-1]]
 
 
 def _in_the_models_order(adapter: Adapter, head: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from datasets import Dataset, Value
 from transformers import PreTrainedConfig
 
 from loralib.adapters.names import placeholders, places_in, unnamed_labels
-from loralib.adapters.reading import ADAPTER_CONFIG, Adapter
-from loralib.adapters.start import output_layer, read_adapter
+from loralib.adapters.reading import ADAPTER_CONFIG, Adapter, output_layer
+from loralib.adapters.start import read_adapter
 from loralib.errors import InputError
 from loralib.glue.cells import listed
 from loralib.glue.data import GlueData

@@ -16,7 +16,7 @@ STATE = "loralib_method"
 
 
 class MethodCallback(TrainerCallback):
-    """Calls a `Method` right before and right after the optimizer's step, and logs its numbers.
+    """Calls a `Method` right before and right after the optimizer's step, and writes its numbers to TensorBoard.
 
     The state of the method is kept inside the optimizer's state. So every checkpoint of a stock Trainer holds it, and
     resuming restores it bit by bit. The penalty is part of the loss, so that a callback cannot add it; `WithPenalty`
@@ -50,18 +50,18 @@ class MethodCallback(TrainerCallback):
         method = self.method
         if method.penalty is not None and method.penalty_coef and not self.penalty_in_loss:
             raise InputError(
-                f"{method.name} has a penalty, which no callback can add to the loss: train with a class of "
-                "WithPenalty and your trainer, with method= in place of this callback, or let your compute_loss add "
-                "method.loss() and say so by MethodCallback(method, penalty_in_loss=True)."
+                f"{method.name} has a penalty, which no callback can add to the loss: use class MyTrainer(WithPenalty, "
+                "YourTrainer) with method= and without this callback, or add method.loss() in your compute_loss and "
+                "pass MethodCallback(method, penalty_in_loss=True)."
             )
         held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        own = {id(p) for group in method.own_groups for p in group["params"]}
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        for group in method.own_groups:
-            if not isinstance(inner, method.optimizer_class) or not {id(p) for p in group["params"]} <= held:
-                raise InputError(
-                    f"{method.name} needs an optimizer of its own, {method.optimizer_class.__name__}: give the trainer "
-                    "optimizers=(method.optimizer(lr), None)."
-                )
+        if method.needs_optimizer and not (isinstance(inner, method.optimizer_class) and own <= held):
+            raise InputError(
+                f"{method.name} needs an optimizer of its own, {method.optimizer_class.__name__}: give the trainer "
+                "optimizers=(method.optimizer(lr), None)."
+            )
         method.begin(state.max_steps)  # with auto_find_batch_size this is the true number, too
         if self.keep_state and method.state and state.global_step:
             saved = optimizer.state.get(STATE)

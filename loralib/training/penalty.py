@@ -68,8 +68,8 @@ class WithPenalty(Trainer):
 
     Args:
         args, kwargs: arguments of the other base.
-        method: the method to train. It has its penalty and its optimizer, so the four arguments below are only for a
-            variant of LoRA without a `Method`.
+        method: the method to train, with its penalty. If it needs an optimizer of its own (SoRA), that is made too;
+            otherwise the flags choose the optimizer. The four arguments below are for a variant without a `Method`.
         penalty: returns a scalar from the model's factors. Its gradient is added at the end of each accumulation group,
             before clipping, exactly as if `penalty_coef * penalty()` were part of every micro-batch's loss.
         penalty_coef: weight of the penalty; with 0 it is not computed (ledger L7).
@@ -100,13 +100,16 @@ class WithPenalty(Trainer):
     ) -> None:
         if method is not None:
             penalty, penalty_coef, penalty_name = method.penalty, method.penalty_coef, method.penalty_name
-            if method.own_groups:
+            if method.needs_optimizer:
                 make_optimizer = partial(_optimizer, method)
         super().__init__(*args, **kwargs)
         self.method = method
         if method is not None:
             if any(isinstance(callback, MethodCallback) for callback in self.callback_handler.callbacks):
-                raise InputError("the method has a MethodCallback already: give the trainer method=, or the callback.")
+                raise InputError(
+                    "with method= the trainer adds a MethodCallback itself: leave yours out of callbacks=, or "
+                    "leave out method=."
+                )
             keeps = self.state_in_optimizer
             self.add_callback(MethodCallback(method, self.add_scalars, penalty_in_loss=True, keep_state=keeps))
         self.penalty = penalty if penalty_coef else None
