@@ -40,7 +40,7 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
     """Names of the linear layers of the backbone that `modules` means, in `named_modules` order.
 
     Args:
-        model: a transformers model with a head.
+        model: a transformers model, or any module of linear layers; no part of the latter counts as a head.
         modules: names of `ROLES`, suffixes of real module names (`q_proj`, `attention.self.query`), or `all-linear`.
 
     Raises:
@@ -84,7 +84,7 @@ def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **s
     them and can remove them.
 
     Args:
-        model: a transformers model with a head.
+        model: a transformers model, or any module of linear layers; no part of the latter counts as a head.
         layer: `LoRALinear` or a subclass of it.
         modules: see `match_modules`.
         settings: arguments of the layer (r, lora_alpha, lora_dropout, init_std).
@@ -160,12 +160,12 @@ class Factors:
     """The low-rank factors that a method works on, from any library. Each list has one entry for each matrix.
 
     Attributes:
-        names: how logs and records call the matrices.
+        names: the names of the matrices in logs and records.
         A: first factors, (r, in).
         B: second factors, (out, r).
         between: the r numbers between each pair: AdaLoRA's E (r, 1) or SoRA's gates (1, r). The list is empty for
             plain products.
-        penalised: whether the model's own loss has an orthogonality penalty on them, as with PEFT's AdaLoRA.
+        penalised: whether the model itself adds an orthogonality penalty to its loss, as with PEFT's AdaLoRA.
     """
 
     names: list[str]
@@ -175,7 +175,10 @@ class Factors:
     penalised: bool = False
 
     def ranks(self) -> dict[str, int]:
-        """The rank left in each matrix: r, or how many numbers between its factors are not 0. Reads the device."""
+        """The rank left in each matrix: r, or how many numbers between its factors are not 0.
+
+        Synchronises with the GPU.
+        """
         if not self.between:
             return {name: a.shape[0] for name, a in zip(self.names, self.A, strict=True)}
         counts = torch.stack([d.detach().count_nonzero() for d in self.between]).tolist()
@@ -228,9 +231,9 @@ def parameters(model: nn.Module) -> dict[str, Any]:
 
         - total, trainable (lora + head), lora, head.
         - frozen: elements of factors that do not train, present if there are any. They are in no other count but total.
-        - remaining: what an exported adapter would hold of the factors, with triplets or gates of value 0 removed and
-          the others folded in: rank (in + out) for each matrix. For a layer with frozen factors: its trainable
-          elements.
+        - remaining: elements of the factors without triplets or gates of value 0: rank (in + out) for each matrix. An
+          export holds these, or twice as many after a start such as PiSSA's. For a layer with frozen factors: its
+          trainable elements.
         - modules: for each adapted matrix its trainable elements, its rank and its remaining elements. A parameter that
           several matrices share counts for the first of them.
     """

@@ -36,9 +36,10 @@ class LoRALinear(nn.Linear):
     # Names of factors (`lora_...`) that do not train, and of factors that all layers of one shape share.
     frozen: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    # The first values of the pretrained `weight`, if `reset_lora_parameters` has changed it.
+    # The first 64 values of the pretrained `weight`, for a checksum, if `reset_lora_parameters` has changed it.
     pretrained: Tensor | None = None
-    # What loralib.kernels.prepare has computed for the next use of the layer: a dtype, then weight, bias, d A and B.
+    # What loralib.kernels.prepare has computed for the next use of the layer: autocast's dtype (None: it is off), and
+    # weight, bias, diag(d) A and B in this dtype.
     prepared: tuple[torch.dtype | None, Sequence[Any]] | None = None
 
     def __init__(
@@ -77,8 +78,8 @@ class LoRALinear(nn.Linear):
     def _keep_start(self, before: Tensor) -> None:
         """Keep what a start such as PiSSA's has taken out of `weight`; checkpoints and exports need it.
 
-        If the fresh layer computes what the linear layer computed, the start took out the product of the initial
-        factors. They are kept as buffers `lora_A_start` (r, in) and `lora_B_start` (out, r).
+        If it is exactly the product of the initial factors, they are kept as buffers `lora_A_start` (r, in) and
+        `lora_B_start` (out, r). Otherwise nothing is kept, and the adapter can be merged with the layer's class alone.
 
         Args:
             before: (out, in), the weight before the start.
@@ -117,7 +118,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # x: (..., in) -> (..., out)
         """y = x W^T + b + s (z A^T d) B^T, where z is x, in training after dropout, and d is the `diagonal`."""
         if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-            return low_rank.forward(self, x)  # computes the lines below in fewer operations
+            # The lines below in fewer operations. It has no rules for torch.func's transforms, so those take the lines.
+            return low_rank.forward(self, x)
         z = F.dropout(x, self.lora_dropout, self.training)
         u = F.linear(z, self.lora_A)  # (..., r)
         d = self.diagonal()

@@ -10,7 +10,9 @@ from loralib.errors import InputError
 
 
 class RandomMask:
-    """Lets only `random_rank` of the r directions of each matrix receive a gradient. Each key has its own draw.
+    """Lets only `random_rank` of the r directions of each matrix receive a gradient.
+
+    The draw changes with `key`, which is the number of the step or of the epoch.
 
     A direction is a row of A or a column of B. v1 makes one draw for a matrix and uses it for A and B; v2 makes one
     draw for A and one for B (ledger R4). A direction that is not drawn gets the gradient 0. Adam still sees this 0, so

@@ -57,7 +57,8 @@ def frd_penalty(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Tensor:
         gram = torch.bmm(rows, rows.transpose(1, 2))
         d = gram.shape[-1]
         squares = gram.diagonal(dim1=1, dim2=2)  # (n, d)
-        # sqrt has an infinite slope at 0. A direction of length 0 contributes nothing, so a constant takes its place.
+        # sqrt has an infinite gradient at 0. For a direction of length 0 it is taken of 1, and the result is set back
+        # to 0, so that no gradient flows.
         norms = squares.masked_fill(squares == 0, 1.0).sqrt().masked_fill(squares == 0, 0.0)
         cosines = gram.abs() / (norms.unsqueeze(2) * norms.unsqueeze(1) + 1e-30)
         off_diagonal = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)

@@ -27,7 +27,10 @@ def soft_threshold_(values: Sequence[Tensor], threshold: float) -> None:
 
 
 def released_threshold_(values: Sequence[Tensor], threshold: float) -> None:
-    """Shrink as the released code does: three edits in sequence, so that L < |p| < 2L ends at 0 too (ledger S1)."""
+    """Shrink as the released code does, by three assignments one after the other (ledger S1).
+
+    Because of their order, values with threshold < |p| < 2 threshold become 0 as well.
+    """
     for p in values:
         p.copy_(torch.where(p > threshold, p - threshold, p))
         p.copy_(torch.where(p < -threshold, p + threshold, p))
@@ -41,7 +44,7 @@ class SparseAdamW(torch.optim.Optimizer):
     the threshold, which is not multiplied by the learning rate (ledger S1, S3, S4). torch's AdamW adds eps after the
     bias correction, and decays first.
 
-    In groups and saved states of earlier versions the threshold is called `sparse_lambda`; this is understood.
+    Groups and saved states of earlier versions call the threshold `sparse_lambda`; it is renamed when they are loaded.
 
     Args:
         params: parameters or groups; a group may set lr, betas, eps, weight_decay, threshold, as_released.

@@ -134,7 +134,7 @@ def test_nothing_moves_warns(steps: int, tmp_path: Path, caplog: pytest.LogCaptu
         make("lora", tmp_path, save_strategy="no", max_steps=steps).train()
         assert "moved" not in caplog.text
         make("lora", tmp_path, save_strategy="no", max_steps=steps, learning_rate=0.0).train()
-    assert f"no trainable parameter moved until step {min(steps, 10)}: learning_rate is 0" in caplog.text
+    assert f"no trainable parameter has changed by step {min(steps, 10)}: learning_rate is 0" in caplog.text
 
 
 # ---- odd sizes ----

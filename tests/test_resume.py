@@ -166,6 +166,14 @@ def test_every_setting_of_loading_stands_in_the_table() -> None:
     assert table in (runs.ROOT / "docs" / "running.md").read_text(), table
 
 
+def test_each_repair_of_exact_resume_is_marked_and_listed() -> None:
+    """docs/running.md has a row for each comment "exact resume:" in the code."""
+    code = [file.read_text() for file in (runs.ROOT / "loralib" / "training").glob("*.py")]
+    page = (runs.ROOT / "docs" / "running.md").read_text()
+    rows = page.split("| the stock Trainer | here |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(rows) == sum(text.count("# exact resume: ") for text in code) >= 10
+
+
 @pytest.mark.parametrize("name", [name for name, (_, state) in LOADING.items() if state != "refused"])
 def test_ways_of_loading_resume_exactly(name: str, tmp_path: Path) -> None:
     """Within an epoch and at its end, with evaluations, whose loaders may have workers that stay too."""

@@ -1,5 +1,5 @@
 """Speed and nothing else: the numbers of plain torch in fewer operations and with less memory.
 
-`loralib.layers` calls `low_rank` in one place. `prepare` and `deberta` use the layers. Without this package every layer
-and every model computes the same.
+`loralib.layers` calls `low_rank` in one place, and `prepare` prepares its layers. `deberta` uses `banded` and knows no
+layer. Every function computes what a few lines of plain torch compute, up to rounding; the tests compare the two.
 """

@@ -24,13 +24,19 @@ For L = 4, P is 4 x 8. Each number below is its place in memory, and S is what s
     query 3    [24  25  26  27] 28  29  30  31
 
 The brackets begin at 3, 10, 17 and 24, always 7 = 2L - 1 further. So S is a view of P's memory: skip the first L - 1
-numbers, cut the rest into rows of 2L - 1, and keep the first L of each row. Nothing is gathered. In the p2c term the
-rows are keys and the distances ascend, so its brackets begin at L instead of L - 1, and S is the transposed band.
+numbers, cut the rest into rows of 2L - 1, and keep the first L of each row. Nothing is gathered.
 
-The backward. Each number of P is read once if it lies between the brackets, and otherwise never. So the gradient of P
-holds the gradient of S between the brackets and 0 elsewhere: it is a buffer of zeros into which the gradient of S is
-copied through the same view. Nothing is scattered and nothing is summed. From P = C T^T follow dC = dP T and
-dT = dP^T C, two products.
+In the p2c term the rows of P are keys and the distances ascend: column c belongs to distance c - L. Key j needs the
+distance i - j to query i, so
+
+    S[i, j] = P[j, L + i - j],            which lies at 2L j + L + i - j = (2L - 1) j + L + i in memory.
+
+So the brackets begin at L instead of L - 1, and the rows of the view are keys: S is the transposed band.
+
+The backward. Rows of 2L - 1 numbers do not overlap, so different (i, j) lie at different places: S is a selection from
+P without repetition. So the gradient of P holds the gradient of S between the brackets and 0 elsewhere: it is a buffer
+of zeros into which the gradient of S is copied through the same view. Nothing is scattered and nothing is summed. From
+P = C T^T follow dC = dP T and dT = dP^T C, two products.
 """
 
 from typing import Any
@@ -148,7 +154,7 @@ class BandedAttention(torch.autograd.Function):
         grad_probs = torch.bmm(grad, v.transpose(1, 2))
         if kept is None:
             dropped, grad_probs = probs, grad_probs.mul_(scale)
-        else:  # The backward of softmax is linear, so the scale of the scores joins that of dropout, 1 / (1 - p).
+        else:  # `scale`, with which the forward multiplies all terms of the scores, joins that of dropout, 1 / (1 - p).
             keep_scale = 1.0 / (1.0 - ctx.dropout) if ctx.dropout < 1 else 0.0
             dropped = torch.ops.aten.native_dropout_backward(probs, kept, keep_scale)
             grad_probs = torch.ops.aten.native_dropout_backward(grad_probs, kept, keep_scale * scale)

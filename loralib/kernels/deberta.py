@@ -1,4 +1,4 @@
-"""Fast disentangled attention for the stock DeBERTa-v2/v3 model: same parameters, same numbers, less work.
+"""Fast disentangled attention for the stock DeBERTa-v2/v3 model: same parameters and function, less work.
 
 - `use_fast_attention`: an encoder prepares mask and distances once for all its layers. Hidden states, and the rows of
   the table of positions that the batch can reach, go through each projection together, and `loralib.kernels.banded`

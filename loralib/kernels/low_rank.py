@@ -96,10 +96,11 @@ class _LowRankProduct(torch.autograd.Function):
 class ScaledRows(torch.autograd.Function):
     """Takes k matrices A (r, in), then k diagonals d (r,), and returns k matrices (r, in) with the rows d_i A_i.
 
-    It saves no tensor on purpose, but keeps copies of what its backward needs. Gradient checkpointing computes a layer
-    a second time in the backward, and requires the second forward to save as many tensors as the first one. In the
-    first, `loralib.kernels.prepare` may have scaled the rows of all layers at once, outside of the checkpointed part;
-    in the second, the layer scales its own rows. The two numbers agree because neither saves a tensor.
+    It keeps copies of its inputs as attributes and does not call `save_for_backward`. The reason is gradient
+    checkpointing, which computes a layer a second time in the backward, and requires the second forward to save as many
+    tensors as the first one. In the first, `loralib.kernels.prepare` may have scaled the rows of all layers at once,
+    outside of the checkpointed part; in the second, the layer scales its own rows. The numbers agree, because neither
+    forward saves a tensor.
     """
 
     @staticmethod

@@ -1,18 +1,21 @@
-"""Prepares all adapted layers of a model at once, in place of each layer by itself. The arithmetic is the same.
+"""Scales and casts the factors of all adapted layers together before a forward in training. The arithmetic is the same.
 
 By itself, each layer multiplies its diagonal into A, and under autocast it casts weight, bias and factors. Autograd
 then does the same for each gradient. A step of a model of twelve layers takes about 1,300 operations; these would be
 200 more for AdaLoRA and SoRA, and another 430 under autocast. Here matrices of one shape are scaled together,
 everything is cast together, and so are the gradients. This takes some 20 operations.
 
-Each layer prepares itself
+All layers prepare themselves, one by one,
 
 - in evaluation, and where no gradients are recorded;
 - under torch.compile, which merges operations itself;
 - under transformers' gradient checkpointing, which is there to save memory: copies that are made at once live long;
-- where any module inside has a forward pre-hook, because it may change factors;
-- if a layer has a `forward` or a `diagonal` of its own, or a parametrization;
-- if a layer's weight and factors differ in dtype or device from each other, or from those of the first layer.
+- where any module inside has a forward pre-hook, because it may change factors.
+
+A single layer prepares itself
+
+- if it has a `forward` or a `diagonal` of its own, or a parametrization;
+- if its weight and factors differ in dtype or device from each other, or from those of the first layer.
 
 If your forward changes factors in another way, call `prepare_one_by_one`.
 """

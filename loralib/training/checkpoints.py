@@ -30,7 +30,7 @@ class RunningSums(Protocol):
 
 
 class Checkpoints(Guards):
-    """Writes checkpoints. One counts once it has its manifest, and only then are older ones removed."""
+    """Writes checkpoints. A checkpoint is valid as soon as it has its manifest; only then are older ones removed."""
 
     def __init__(
         self,
@@ -59,6 +59,14 @@ class Checkpoints(Guards):
         return json.loads(json.dumps(own, default=str))
 
     def _progress(self) -> dict[str, Any]:
+        """What a resumed run needs beside the files of the stock Trainer, as JSON values.
+
+        - losses: for each process, the sum of its losses since the last log.
+        - total_loss: the sum of the losses that have been logged; logged_step: the step of the last log.
+        - seconds: duration of the training so far.
+        - finished: whether no step is left.
+        - what the `running_sums` add (penalty_sum, penalty_steps).
+        """
         own = {name: value for sums in self.running_sums for name, value in sums.progress().items()}
         return own | {
             "losses": self.accelerator.gather(self._tr_loss.view(1)).tolist(),
@@ -69,7 +77,8 @@ class Checkpoints(Guards):
         }
 
     def _awaits_end_of_epoch(self) -> bool:
-        """Whether a checkpoint must wait until the epoch that ends has evaluated and logged (exact resume)."""
+        """Whether a checkpoint must wait for the evaluation and the log at the end of the epoch."""
+        # exact resume: a resumed run begins with the next epoch, so it would leave out this evaluation.
         ends = self.control.should_training_stop or float(self.state.epoch or 0).is_integer()
         return ends and not self._epoch_over
 

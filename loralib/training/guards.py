@@ -1,4 +1,4 @@
-"""Stops a run at the first loss or gradient that is not finite, and warns when no parameter moves."""
+"""Stops a run at the next log or checkpoint after a value that is not finite, and warns when no parameter moves."""
 
 import logging
 import threading
@@ -49,7 +49,10 @@ def writing_threads() -> Iterator[None]:
 
 
 class Guards(Trainer):
-    """Keeps every loss and gradient norm on the device, and checks them whenever the run logs or saves."""
+    """Keeps every loss and gradient norm on the device, and checks them whenever the run logs or saves.
+
+    So a step costs no synchronisation. Until the check the run trains on; the message names the first bad step.
+    """
 
     # The stock annotations allow None, for a Trainer without model or data; this one has both.
     args: Any
@@ -73,7 +76,8 @@ class Guards(Trainer):
     def _watch(self, value: Tensor) -> None:
         """Keep a loss or norm of this step. A check looks at all of them, so that a step costs nothing."""
         self._watched.append((self.state.global_step, value.detach()))
-        if len(self._watched) >= 2000:  # in case the run does not log or save
+        # In case the run does not log or save. A step has a value for each micro-batch, and the norm.
+        if len(self._watched) >= 2000:
             self.check_finite()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -128,7 +132,7 @@ class MovementWatch(TrainerCallback):
         if state.global_step == self.check_at:
             if torch.equal(self.norms, self._norms()) and state.is_world_process_zero:
                 logger.warning(
-                    "no trainable parameter moved until step %d: learning_rate is %g, max_grad_norm %g, fp16 %s",
+                    "no trainable parameter has changed by step %d: learning_rate is %g, max_grad_norm %g, fp16 %s",
                     state.global_step,
                     args.learning_rate,
                     args.max_grad_norm,

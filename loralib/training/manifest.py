@@ -153,7 +153,7 @@ def is_written(checkpoint: Path) -> bool:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`. The log names each newer one, and why it does not count."""
+    """The complete checkpoint of the highest step in `output_dir`. The log names each later one, and what it lacks."""
     for _, path in reversed(checkpoints(output_dir)):
         try:
             read_manifest(path)

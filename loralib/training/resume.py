@@ -1,7 +1,8 @@
-"""Exact resume: a run that goes on from a checkpoint ends bitwise as if it had not been stopped.
+"""Exact resume: a run that goes on from a checkpoint ends bit-identical to an uninterrupted one.
 
-A comment "exact resume" marks each place where the stock Trainer would break this. No loop is copied: this module
-consists of overrides and one callback.
+A comment that begins with "exact resume:" marks each place, here and in `checkpoints` and `sampling`, where the stock
+Trainer would break this; docs/running.md lists them. This module overrides methods of the stock Trainer, private ones
+too, and copies no loop.
 """
 
 import logging
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 class ExactResume(StopOnSigterm, Sampling):
     """A stock Trainer with exact resume, crash-safe checkpoints and guards. It does not depend on adapters.
 
-    It stops at the first loss or gradient that is not finite, and warns when nothing moves in the first ten steps.
+    Its bases have one subject each: `StopOnSigterm` (signals), `Checkpoints` (files), `Guards` (values that are not
+    finite, parameters that do not move) and `Sampling` (rows).
 
     Args:
         settings: the settings beside `args` that decide the run's numbers (the method's flags, the data), as JSON
@@ -87,7 +89,8 @@ class ExactResume(StopOnSigterm, Sampling):
         found = super()._init_training_state(max_steps, *args, **kwargs)
         names = ("logging_steps", "eval_steps", "save_steps")
         before = {name: getattr(self.state, name) for name in names}
-        self.state.compute_steps(self.args, max_steps)  # the stock Trainer would keep those of the checkpoint
+        # exact resume: the intervals are those of this run's flags; the stock Trainer would keep the checkpoint's.
+        self.state.compute_steps(self.args, max_steps)
         for name in names:
             if self._resumed is not None and before[name] != (now := getattr(self.state, name)):
                 logger.info("%s was %s until the checkpoint and is %s from here on", name, before[name], now)
@@ -124,7 +127,7 @@ class ExactResume(StopOnSigterm, Sampling):
                 remove_checkpoint(folder)
 
     def begin(self) -> None:
-        """Set the running sums to 0 or, on resume, to the checkpoint's (exact resume). Training begins with this."""
+        """Set the running sums to 0 or, on resume, to the checkpoint's. Training begins with this."""
         self._watched = []
         self._finished = self._save_due = False
         self._saved = []
@@ -136,19 +139,23 @@ class ExactResume(StopOnSigterm, Sampling):
         if self._resumed is None:
             return
         checkpoint, progress = self._resumed
+        # exact resume: the next logged loss is a mean over steps before and after the checkpoint, as is the penalty.
         self._tr_loss.fill_(progress["losses"][self.args.process_index])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["logged_step"]
-        self._initial_global_step = 0  # train_loss is the mean over the whole run ...
+        # exact resume: train_loss, train_runtime and the speeds cover the whole run.
+        self._initial_global_step = 0
         self.seconds_before = progress["seconds"]
-        self._train_began -= self.seconds_before  # ... and so are its seconds
+        self._train_began -= self.seconds_before
         self._finished = progress["finished"]
         if self._finished:
-            self._load_rng_state(checkpoint)  # the stock Trainer would do so only when it enters an epoch
+            # exact resume: the stock Trainer restores the random states only when it enters an epoch.
+            self._load_rng_state(checkpoint)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         """Load as the stock method does. This also loads checkpoints written with numpy 1 under numpy 2, which renamed
         a function, and the other way round."""
+        # exact resume: the stock Trainer refuses such a file.
         rebuild: Any = np.ndarray.__reduce__(np.zeros(1))[0]
         paths = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
         with torch.serialization.safe_globals([(rebuild, path) for path in paths]):
@@ -156,7 +163,7 @@ class ExactResume(StopOnSigterm, Sampling):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._epoch_over = False
-        if self._finished:  # the stock loop would make one more step
+        if self._finished:  # exact resume: the stock loop would make one more step.
             self.control.should_training_stop = True
             return
         if self._length_sampler is not None:
@@ -164,7 +171,7 @@ class ExactResume(StopOnSigterm, Sampling):
         super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        if skip_scheduler and self.state.global_step:  # --eval_on_start evaluates once, not at every restart
+        if skip_scheduler and self.state.global_step:  # exact resume: --eval_on_start evaluates once, not at a restart.
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 

@@ -17,8 +17,8 @@ from loralib.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# A batch may have this entry, (n, weight): only its first n rows are real. The mean of their losses is multiplied by
-# the weight, so that averaging over the processes gives the mean over all real rows.
+# A batch may have this entry, (real_rows, weight): only its first rows are real. The mean of their losses is multiplied
+# by the weight, so that averaging over the processes gives the mean over all real rows.
 OWN_ROWS = "own_rows"
 
 
@@ -65,7 +65,11 @@ def _only_the_run_ends_me(then: Callable[[int], None] | None, worker_id: int) ->
 
 
 class Sampling(Trainer):
-    """Several processes count every row once, and length grouping draws the same order again after a resume."""
+    """Deals the training rows.
+
+    - Rows that only fill up the last batch of an epoch, with several processes, have no weight in the loss.
+    - Grouping by length draws from (seed, epoch), so that a resumed run draws the same order.
+    """
 
     args: Any
     train_dataset: Any
@@ -98,6 +102,7 @@ class Sampling(Trainer):
         finally:
             self.args.dataloader_drop_last = drop
         if self.args.dataloader_persistent_workers:
+            # exact resume: a resumed run must draw nothing from the global state that an uninterrupted one did not.
             loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
         inner = loader.base_dataloader
         if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
@@ -116,6 +121,7 @@ class Sampling(Trainer):
             logger.warning(
                 "all rows have length %d, so grouping by length does nothing: --pad_to_max_length False", lengths[0]
             )
+        # exact resume: the stock sampler draws from the global random state.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._length_sampler = LengthGroupedSampler(lengths, self.get_total_train_batch_size(self.args), seed)
         return self._length_sampler
@@ -130,10 +136,11 @@ class Sampling(Trainer):
         args = self.args
         left = len(self.train_dataset) % (self._train_batch_size * args.world_size)
         ends = self.accelerator.gradient_state.end_of_dataloader
+        # batch_rebalance deals rows to the processes itself, in batches of different sizes, and fills none up.
         uneven = left and not args.dataloader_drop_last and args.train_sampling_strategy != "batch_rebalance"
         if args.world_size > 1 and uneven and ends and batches:
-            own = min(max(left - args.process_index * self._train_batch_size, 0), self._train_batch_size)
-            batches[-1][OWN_ROWS] = (own, own * args.world_size / left)
+            real_rows = min(max(left - args.process_index * self._train_batch_size, 0), self._train_batch_size)
+            batches[-1][OWN_ROWS] = (real_rows, real_rows * args.world_size / left)
         return batches, items
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from loralib.errors import InputError
 
-# Stock arguments that decide a run's numbers: a checkpoint is only resumed with the same ones.
 NUMERIC_ARGUMENTS = (
     "seed",
     "data_seed",
@@ -35,7 +34,8 @@ NUMERIC_ARGUMENTS = (
     "bf16",
     "fp16",
 )
-# These decide too, but older checkpoints lack them: None stands for the default and for a missing value.
+# These decide too, but older checkpoints do not have them. A value that is off (None, False) is stored as None, and so
+# equals a missing one.
 LATER_ARGUMENTS = (
     "torch_compile_backend",
     "torch_compile_mode",
@@ -70,7 +70,7 @@ def evaluations_decide(args: Any) -> bool:
 
 
 def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any], what: str = "checkpoint") -> None:
-    """Refuse to resume with other settings: the result would be that of neither run.
+    """Refuse to resume with other settings: the result would match neither the old run nor a new one.
 
     Args:
         folder: the checkpoint or stage, for the message.
@@ -89,8 +89,8 @@ def check_settings(folder: Path, saved: Mapping[str, Any], own: Mapping[str, Any
         why = " (another number of processes would deal other rows and random numbers to each)"
     more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
     raise InputError(
-        f"{what} {folder} belongs to a run with other settings: {'; '.join(differing[:6])}{more}{why}: go back to "
-        "them, name another --output_dir, or start over with --overwrite_output_dir."
+        f"{what} {folder} belongs to a run with other settings: {'; '.join(differing[:6])}{more}{why}: use the "
+        "old settings again, name another --output_dir, or start over with --overwrite_output_dir."
     )
 
 

@@ -1,6 +1,7 @@
 """The trainer of adapted models: a penalty beside the task loss, and checkpoints that hold the adapter alone.
 
-No loop is copied: this class overrides methods of the stock Trainer. It treats all methods alike.
+This class overrides methods of the stock Trainer, and copies no loop. It treats all methods alike, except that for
+AdaLoRA it chooses the best model among the evaluations at the target budget.
 """
 
 import logging
@@ -78,8 +79,8 @@ class LoRATrainer(WithPenalty, ExactResume):
         self.adapter = adapter
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
         self.running_sums.append(self._penalties)
-        name = "full" if adapter is None else adapter.get("method", "full")
-        self.settings |= {"method": name, "modules": [name for name, _ in adapted_layers(self.model)]}
+        method_name = "full" if adapter is None else adapter.get("method", "full")
+        self.settings |= {"method": method_name, "modules": [name for name, _ in adapted_layers(self.model)]}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 # Without a folder, a run that only evaluates would write into ./runs.
@@ -100,10 +101,10 @@ class LoRATrainer(WithPenalty, ExactResume):
         logits, labels = outputs["logits"], inputs["labels"]
         smoothing, weights = self.args.label_smoothing_factor, self.class_weights if model.training else None
         if OWN_ROWS in inputs:
-            own, share = inputs[OWN_ROWS]
-            rows = max(own, 1)  # a process without a real row takes one, whose share is 0
+            real_rows, weight = inputs[OWN_ROWS]
+            rows = max(real_rows, 1)  # a process without a real row takes one, whose weight is 0
             logits, labels = logits[:rows], labels[:rows]
-            loss = task_loss(logits, labels, smoothing, weights) * share
+            loss = task_loss(logits, labels, smoothing, weights) * weight
         else:
             loss = task_loss(logits, labels, smoothing, weights)
         return (loss, outputs) if return_outputs else loss
@@ -208,5 +209,5 @@ class LoRATrainer(WithPenalty, ExactResume):
         if state.best_global_step is not None and at_target(state.best_global_step) != at_target(state.global_step):
             if at_target(state.best_global_step):
                 return False
-            state.best_metric = None  # that of a larger model
+            state.best_metric = None  # the best so far belongs to a model above the target budget: forget it
         return super()._determine_best_metric(metrics, trial)
