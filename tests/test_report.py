@@ -686,6 +686,7 @@ def test_trials_are_drawn_at_their_values_with_the_others_at_theirs() -> None:
         ([1.0, -2.0, 1.5], 1, "no difference between sora and LoRA was seen (+0.17 points of accuracy, 95 % interval"),
         ([1.0, 2.0], 1, "nothing can be said of sora against LoRA from 2 pairs of runs (+1.50 points of accuracy)."),
         ([1.0], 1, "from one pair of runs (+1.00 points of accuracy)."),
+        ([0.0] * 3, 1, "the differences of all 3 pairs of runs are equal (+0.00 points of accuracy), and no interval"),
     ],
 )
 @pytest.mark.usefixtures("no_figures")

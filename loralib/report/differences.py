@@ -35,11 +35,18 @@ class Comparison:
         return self.n > 0 and not self.unlike
 
     @property
+    def alike(self) -> bool:
+        """Whether all differences are equal, as between runs that learned nothing: they have no interval."""
+        return self.made and self.n >= 3 and self.half < 1e-9
+
+    @property
     def interval(self) -> str:
         return f"{self.mean - self.half:+.2f} to {self.mean + self.half:+.2f}"
 
     @property
     def verdict(self) -> str:
+        if self.alike:
+            return "nothing can be said: all differences are equal"
         if self.made:
             return verdict(self.n, self.mean, self.half)
         return (
@@ -82,7 +89,9 @@ def difference_table(found: Sequence[Comparison]) -> str:
     """Pairs, mean difference, interval, p and a verdict; runs that differ in more than the method are no pair."""
     rows = []
     for one in found:
-        numbers = [f"{one.mean:+.2f}", one.interval if one.n >= 3 else "-"] if one.made else ["-", "-"]
+        numbers = (
+            [f"{one.mean:+.2f}", one.interval if one.n >= 3 and not one.alike else "-"] if one.made else ["-", "-"]
+        )
         p = "-" if np.isnan(one.p) else f"{one.p:.3f}"
         rows.append([escape(f"{one.task}, {one.name}"), str(one.n), *numbers, p, escape(one.verdict)])
     header = ["task, method", "pairs", "difference", "95 % interval", "p (Holm)", "against LoRA"]
@@ -104,6 +113,11 @@ def _sentence(one: Comparison, tests: int) -> str:
     if one.n < 3:
         pairs = "one pair of runs" if one.n == 1 else f"{one.n} pairs of runs"
         return f"On {one.task}, nothing can be said of {one.name} against LoRA from {pairs} ({seen})."
+    if one.alike:
+        return (
+            f"On {one.task}, nothing can be said of {one.name} against LoRA: the differences of all {one.n} pairs of "
+            f"runs are equal ({seen}), and no interval follows from such numbers."
+        )
     numbers = f"95 % interval {one.interval}, {one.n} pairs of runs"
     if abs(one.mean) <= one.half:
         return (
