@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from loralib.glue import flow
 from loralib.glue.arguments import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, make_parser
+from loralib.training.trainer import LoRATrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md"), *(ROOT / "docs").glob("*.md")]
@@ -323,6 +324,19 @@ def test_the_ways_through_the_files_lead_through_functions_that_exist() -> None:
         steps = re.findall(r"`([\w/-]+\.py): ([\w.]+)`", way)
         files = list(dict.fromkeys(file for file, _ in steps))
         assert len(files) >= 3 and all(name in names_in(ROOT / file) for file, name in steps), steps
+
+
+def test_what_not_to_touch_names_code_and_tests_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    entries = re.split(r"^- ", text.split("## What not to touch lightly")[1].split("\n## ")[0], flags=re.M)[1:]
+    assert len(entries) == 10
+    for entry in entries:
+        tests = re.findall(r"`(tests/[\w.]+/?)`", entry)
+        assert tests and all((ROOT / test).exists() for test in tests), entry
+        for file, name in re.findall(r"`([\w/-]+\.py): ([\w.]+)`", entry):
+            assert name in names_in(ROOT / file), (file, name)
+    bases = " ".join(entries[6].split()).split("The order is ")[1].split(", and")[0].split(", ")
+    assert bases == [kind.__name__ for kind in LoRATrainer.__mro__ if issubclass(kind, Trainer)]
 
 
 def test_the_map_of_the_tests_names_each_file_once() -> None:
