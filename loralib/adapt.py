@@ -118,18 +118,21 @@ def put_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     Args:
         layers: by module name, each made from the linear layer of that name.
     """
-    replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
-    # a model may hold one layer in several places
-    for place, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in replaced:
-            parent, _, child = place.rpartition(".")
-            setattr(model.get_submodule(parent), child, replaced[id(module)])
+    replace_modules(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
     held: dict[tuple[str, torch.Size], nn.Parameter] = {}
     for layer in layers.values():
         for key in layer.shared:
             setattr(layer, key, held.setdefault((key, getattr(layer, key).shape), getattr(layer, key)))
     mark_trainable(model)
     prepare_at_once(model)
+
+
+def replace_modules(model: nn.Module, by_id: Mapping[int, nn.Module]) -> None:
+    """Replace the modules with these ids. A model may hold one module in several places; each of them is replaced."""
+    for place, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in by_id:
+            parent, _, child = place.rpartition(".")
+            setattr(model.get_submodule(parent), child, by_id[id(module)])
 
 
 def mark_trainable(model: nn.Module) -> None:
@@ -231,7 +234,7 @@ def parameters(model: nn.Module) -> dict[str, Any]:
 
         - total, trainable (lora + head), lora, head.
         - frozen: elements of factors that do not train, present if there are any. They are in no other count but total.
-        - remaining: elements of the factors without triplets or gates of value 0: rank (in + out) for each matrix. An
+        - remaining: kept factor elements, without triplets or gates of value 0: rank (in + out) for each matrix. An
           export holds these, or twice as many after a start such as PiSSA's. For a layer with frozen factors: its
           trainable elements.
         - modules: for each adapted matrix its trainable elements, its rank and its remaining elements. A parameter that

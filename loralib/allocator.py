@@ -48,7 +48,7 @@ class RankAllocator:
             raise InputError("AdaLoRA needs triplets (layers SVDLinear, with singular values E of shape (r, 1)).")
         if len({len(e) for e in of.between}) > 1:
             raise InputError("AdaLoRA needs matrices of one rank, here they start with different ones.")
-        self.names, self.A, self.B, self.E = of.names, of.A, of.B, of.between
+        self.factors, self.names, self.A, self.B, self.E = of, of.names, of.A, of.B, of.between
         self.r = len(self.E[0])
         self.total_rank = sum(e.shape[0] for e in self.E)
         self.target_total = check_budget(self.total_rank, len(self.names), target_rank, target_total_rank)
@@ -180,8 +180,7 @@ class RankAllocator:
 
     def ranks(self) -> dict[str, int]:
         """Non-zero singular values of each matrix. Synchronises with the GPU."""
-        counts = torch.stack([e.detach() for e in self.E]).count_nonzero(dim=(1, 2)).tolist()
-        return dict(zip(self.names, counts, strict=True))
+        return self.factors.ranks()
 
     def kept_ranks(self) -> dict[str, int]:
         """How many singular values of each matrix the last mask has kept; r before the first mask.
@@ -193,7 +192,7 @@ class RankAllocator:
         return dict(zip(self.names, counts, strict=True))
 
     def remaining_parameters(self) -> int:
-        """Elements of the triplets that the last mask kept: rank (in + out + 1) for each matrix."""
+        """Kept triplet elements: in + out + 1 for each singular value that the last mask kept."""
         sizes = [a.shape[1] + b.shape[0] + 1 for a, b in zip(self.A, self.B, strict=True)]
         return sum(rank * size for rank, size in zip(self.kept_ranks().values(), sizes, strict=True))
 
@@ -250,11 +249,11 @@ def check_budget(total: int, matrices: int, target_rank: int | None, target_tota
             f"(1 to {total - 1}, all {matrices} matrices together)."
         )
     if target_rank is not None and not 1 <= target_rank < r:
-        raise InputError(f"target_rank is {target_rank}, it must lie in 1 to {r - 1}, below lora_r = {r}.")
+        raise InputError(f"target_rank must be between 1 and {r - 1}, below lora_r = {r}; it is {target_rank}.")
     if target_total_rank is not None and not 1 <= target_total_rank < total:
         raise InputError(
-            f"target_total_rank is {target_total_rank}, it must lie in 1 to {total - 1}: {matrices} matrices of "
-            f"lora_r = {r} have {total} singular values in all."
+            f"target_total_rank must be between 1 and {total - 1}, since {matrices} matrices of lora_r = {r} have "
+            f"{total} singular values in all; it is {target_total_rank}."
         )
     if target_rank is not None and target_total_rank is not None and target_rank * matrices != target_total_rank:
         raise InputError(

@@ -9,6 +9,12 @@ from loralib.adapt import Factors, factors
 from loralib.errors import InputError
 
 
+def stream(seed: int, key: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on `seed` and `key` alone, such as a step or an epoch."""
+    # The large odd factor keeps neighbouring seeds from sharing a stream.
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + key) % 2**63)
+
+
 class RandomMask:
     """Lets only `random_rank` of the r directions of each matrix receive a gradient.
 
@@ -41,9 +47,9 @@ class RandomMask:
         if frozen:
             raise InputError(f"the factors of {frozen[0]} are frozen: RM-LoRA masks gradients, so both must train.")
         if version not in ("v1", "v2"):
-            raise InputError(f"the version of the mask is {version!r}, it must be v1 or v2.")
+            raise InputError(f"the version of the mask must be v1 or v2; it is {version!r}.")
         if not 1 <= random_rank <= least:
-            raise InputError(f"random_rank is {random_rank}, it must lie in 1 to {least} (lora_r).")
+            raise InputError(f"random_rank must be between 1 and {least} (lora_r); it is {random_rank}.")
         self.random_rank, self.version, self.seed = random_rank, version, seed
         self.drawn: tuple[object, Tensor] | None = None  # the last key and its masks
         self._buffers: list[Tensor] = []  # the masks, in the shapes and on the device of the gradients
@@ -54,8 +60,7 @@ class RandomMask:
         Args:
             key: index of the optimizer step, or number of completed epochs.
         """
-        # Each (seed, key) has a stream of its own: the large odd factor keeps neighbouring seeds from sharing one.
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + key) % 2**63)
+        generator = stream(self.seed, key)
         noise = torch.rand(2 if self.version == "v2" else 1, len(self.names), self.r, generator=generator)
         if min(self.ranks) < self.r:  # places beyond a matrix's own r are never among the smallest
             noise[:, torch.arange(self.r) >= torch.tensor(self.ranks).unsqueeze(1)] = 2.0

@@ -300,7 +300,7 @@ def sora(
     sizes = [a.shape[1] + b.shape[0] for a, b in zip(of.A, of.B, strict=True)]
 
     def remaining() -> int:
-        """Elements of A and B whose gate is not 0."""
+        """Kept factor elements: in + out for each gate that is not 0."""
         return sum(rank * size for rank, size in zip(of.ranks().values(), sizes, strict=True))
 
     def scalars() -> dict[str, float]:
@@ -358,7 +358,7 @@ def rm_lora(
     of = _factors(model, LoRALinear, modules, settings, reg_orth_coef)
     mask = RandomMask(of, random_rank, version, seed)
     if mask_resample not in ("step", "epoch"):
-        raise InputError(f"mask_resample is {mask_resample!r}, it must be step or epoch.")
+        raise InputError(f"mask_resample must be step or epoch; it is {mask_resample!r}.")
     named = model.named_parameters() if isinstance(model, nn.Module) else ()
     own = {id(p) for p in (*of.A, *of.B, *of.between)}
     others = [p for n, p in named if p.requires_grad and not is_lora(n) and id(p) not in own]

@@ -139,9 +139,7 @@ def lambda_stages(schedule: str, start: float, end: float, stages: int) -> list[
     if stages < 2:
         raise InputError(f"lambda_num is {stages}: a schedule needs 2 or more stages.")
     if end <= start:
-        raise InputError(
-            f"max_lambda is {end}, it must lie above sparse_lambda_2 = {start}, where the schedule starts."
-        )
+        raise InputError(f"max_lambda must be above sparse_lambda_2 = {start}, where the schedule starts; it is {end}.")
     if schedule == "exp_linear" and start <= 0:
         raise InputError(
             f"lambda_schedule exp_linear cannot start at sparse_lambda_2 = {start}, since log 0 does not exist: start "
@@ -153,7 +151,7 @@ def lambda_stages(schedule: str, start: float, end: float, stages: int) -> list[
         "exp_linear": (math.log, math.exp),
     }
     if schedule not in functions:
-        raise InputError(f"lambda_schedule is {schedule!r}, it must be one of {', '.join(functions)}.")
+        raise InputError(f"lambda_schedule must be one of {', '.join(functions)}; it is {schedule!r}.")
     there, back = functions[schedule]
     try:
         a, b = there(start), there(end)

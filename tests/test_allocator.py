@@ -155,9 +155,9 @@ def test_allocator_state_goes_round() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"target_rank": 4}, "target_rank is 4, it must lie in 1 to 3"),
+        ({"target_rank": 4}, "target_rank must be between 1 and 3, .*it is 4"),
         ({"target_rank": None}, "needs a budget"),
-        ({"target_rank": None, "target_total_rank": 16}, "target_total_rank is 16, it must lie in 1 to 15"),
+        ({"target_rank": None, "target_total_rank": 16}, "target_total_rank must be between 1 and 15, .*it is 16"),
         ({"target_rank": 2, "target_total_rank": 9}, "2 x 4 matrices = 8 disagrees with target_total_rank 9"),
         ({"init_warmup": 5, "final_warmup": 5}, r"init_warmup 5 \+ final_warmup 5 must stay below the total of 10"),
     ],

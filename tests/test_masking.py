@@ -82,7 +82,8 @@ def test_mask_of_factors_from_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("random_rank", "version", "said"), [(0, "v1", "1 to 4"), (5, "v1", "1 to 4"), (2, "v3", "v1 or v2")]
+    ("random_rank", "version", "said"),
+    [(0, "v1", "between 1 and 4"), (5, "v1", "between 1 and 4"), (2, "v3", "v1 or v2")],
 )
 def test_mask_refuses(random_rank: int, version: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

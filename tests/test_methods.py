@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused() -> None:
         (lambda: adalora(model, target_rank=1), "AdaLoRA needs triplets"),
         (lambda: sora(model, threshold=0.1), "SoRA needs gates"),
         (lambda: sora(Model(SVDLinear), threshold=0.1), "SoRA needs gates"),
-        (lambda: rm_lora(model, random_rank=9), "random_rank is 9, it must lie in 1 to 4"),
+        (lambda: rm_lora(model, random_rank=9), "random_rank must be between 1 and 4 .*it is 9"),
         (lambda: rm_lora(model, random_rank=1, mask_resample="day"), "step or epoch"),
     ]
     for call, said in refused:

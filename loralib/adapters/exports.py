@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loralib.adapt import adapt, adapted_layers, put_layers
+from loralib.adapt import adapt, adapted_layers, put_layers, replace_modules
 from loralib.adapters.own import load_adapter, load_trained, other_backbone, read_own
 from loralib.adapters.reading import (
     ADAPTER_CONFIG,
@@ -182,10 +182,7 @@ def merge(model: nn.Module) -> None:
         merged.weight = nn.Parameter((layer.weight + layer.delta_weight()).detach())
         merged.bias = layer.bias
         plain[id(layer)] = merged
-    for place, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in plain:
-            parent, _, child = place.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain[id(module)])
+    replace_modules(model, plain)
     prepare_one_by_one(model)
 
 

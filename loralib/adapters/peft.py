@@ -16,13 +16,11 @@ from loralib.adapters.reading import (
 from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
 from loralib.jsonfile import read_json
+from loralib.peft import MORE
 
 PEFT_CONFIG = "adapter_config.json"
 # Settings with which PEFT's LoRA computes more than W + scaling B A.
-PEFT_MORE = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
-    "alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices",
-)  # fmt: skip
+PEFT_MORE = (*MORE, "layer_replication")
 # Values of init_lora_weights with which the base model's weights stay as they are.
 PEFT_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # PEFT's task types by the ends of the names of transformers' classes.

@@ -89,7 +89,7 @@ def read_number(config: Mapping[str, Any], key: str, file: Path, least: float = 
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e30:  # nor NaN
         shown = f"{key[:200]!r} = {str(value)[:80]!r}"
-        raise InputError(f"{file} has {shown}, it must be a number of {least:g} or more.")
+        raise InputError(f"{file} has {shown}; it must be a number of {least:g} or more.")
     return value
 
 

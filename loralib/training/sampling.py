@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loralib.errors import InputError
+from loralib.masking import stream
 
 logger = logging.getLogger(__name__)
 
@@ -166,5 +167,5 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        draw = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.epoch) % 2**63)
+        draw = stream(self.seed, self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=draw))
