@@ -153,7 +153,7 @@ def test_plain_loop(program: Any) -> None:
 
 def test_the_readmes_first_program(model: Any, tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
-    assert text.index("```python") < text.index("## ")
+    assert text.index("```python") < text.index("## Start")
     (block,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)[:1]
     args = arguments(tmp_path / "out", max_steps=2, per_device_train_batch_size=1)
     fixed = [{**row, "input_ids": row["input_ids"][:5], "attention_mask": [1] * 5} for row in rows()]
