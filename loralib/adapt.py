@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from loralib.errors import InputError
 from loralib.kernels.prepare import prepare_at_once
@@ -41,19 +42,20 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
 
     Args:
         model: a transformers model, or any module of linear layers; no part of the latter counts as a head.
-        modules: names of `ROLES`, suffixes of real module names (`q_proj`, `attention.self.query`), or `all-linear`.
+        modules: names of `ROLES`, suffixes of real module names (`q_proj`, `attention.self.query`), or `all-linear`;
+            one of them may be given as a string.
 
     Raises:
         InputError: a name matches nothing; the message lists what could match.
     """
     prefix, _ = backbone_of(model)
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_head(n, prefix)]
+    linears = [n for n, m in model.named_modules() if _computes(m) and not is_head(n, prefix)]
     if not linears:
         raise InputError(
             f"the backbone of {type(model).__name__} has no linear layer (nn.Linear) to adapt: choose another model."
         )
     chosen: set[str] = set()
-    for wanted in modules:
+    for wanted in [modules] if isinstance(modules, str) else modules:
         if wanted == ALL_LINEAR:
             found = set(linears)
         else:
@@ -73,6 +75,12 @@ def match_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
             )
         chosen |= found
     return [n for n in linears if n in chosen]
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that is called. `nn.MultiheadAttention` takes the weight of its out_proj and
+    never calls it, so an adapter there would do nothing."""
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def adapt(model: nn.Module, layer: type[LoRALinear], modules: Sequence[str], **settings: Any) -> list[str]:
@@ -123,6 +131,10 @@ def put_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
     for layer in layers.values():
         for key in layer.shared:
             setattr(layer, key, held.setdefault((key, getattr(layer, key).shape), getattr(layer, key)))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LoRALinear) for m in module.modules()):
+            # In evaluation it would take the weights and leave the adapters out. A hook makes it call its layers.
+            module.register_forward_hook(_keep)
     mark_trainable(model)
     prepare_at_once(model)
 
@@ -133,6 +145,10 @@ def replace_modules(model: nn.Module, by_id: Mapping[int, nn.Module]) -> None:
         if id(module) in by_id:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, by_id[id(module)])
+
+
+def _keep(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that changes nothing."""
 
 
 def mark_trainable(model: nn.Module) -> None:
