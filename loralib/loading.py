@@ -18,10 +18,12 @@ from loralib.adapters.reading import (
     holds_decoder,
     is_decoder,
     output_layer,
+    shape_of,
 )
 from loralib.errors import InputError
 from loralib.jsonfile import find_json, read_json
 from loralib.layers import LoRALinear
+from loralib.positions import LONGEST, position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -144,7 +146,8 @@ def predict(
             allow.
 
     Raises:
-        InputError: as `load`; or `texts` is no such list; or the model does not give one label for a text.
+        InputError: as `load`; or `texts` is no such list; or the model does not give one label for a text; or
+            `batch_size` or `max_length` lies outside its range.
     """
     if isinstance(model, str | Path):
         model, own = load(model)
@@ -156,17 +159,27 @@ def predict(
     names, kind = getattr(model.config, "id2label", {}), getattr(model.config, "problem_type", None)
     if is_decoder(type(model).__name__) or kind == "multi_label_classification":
         raise InputError(f"{type(model).__name__} gives no label for a text: predict needs a classifier of one label.")
-    columns = list(zip(*(_as_pair(number, text) for number, text in enumerate(texts)), strict=True))
-    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    limit = max_length or min(tokenizer.model_max_length, positions)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, it must be 1 or more.")
+    pairs = [_as_pair(number, text) for number, text in enumerate(texts)]
+    other = next((n for n, pair in enumerate(pairs) if (pair[1] is None) != (pairs[0][1] is None)), None)
+    if other is not None:
+        raise InputError(
+            f"text {other} is {str(texts[other])[:80]!r}, and text 0 is {str(texts[0])[:80]!r}: give texts alone or "
+            "pairs alone."
+        )
+    columns = list(zip(*pairs, strict=True))
+    limit = _limit(model, tokenizer, max_length, bool(pairs) and pairs[0][1] is not None)
     found: list[Prediction] = []
     was_training = model.training
     model.eval()
     for start in range(0, len(texts), batch_size):
         first, second = (list(column[start : start + batch_size]) for column in columns)
-        pairs = None if second[0] is None else second
-        batch = tokenizer(first, pairs, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        seconds = None if second[0] is None else second
+        batch = tokenizer(first, seconds, truncation=True, max_length=limit, padding=True, return_tensors="pt")
         logits = model(**batch.to(model.device)).logits.float()
+        if logits.ndim != 2:
+            raise InputError(f"{type(model).__name__} gives no label for a text: its logits are {shape_of(logits)}.")
         if logits.shape[-1] == 1:
             found += [Prediction(value, {}) for value in logits.view(-1).tolist()]
             continue
@@ -176,6 +189,25 @@ def predict(
             found.append(Prediction(next(iter(ranked)), ranked))
     model.train(was_training)
     return found
+
+
+def _limit(model: Any, tokenizer: Any, asked: int | None, pair: bool) -> int:
+    """The largest number of tokens of a text.
+
+    Raises:
+        InputError: `asked` leaves no token for the text, or is more than the model has positions.
+    """
+    positions, own = position_limit(model), int(tokenizer.model_max_length)
+    if asked is None:
+        stated = getattr(model.config, "max_position_embeddings", None)
+        if positions is None and own > LONGEST and stated:  # neither has a limit, so the usual length is taken
+            return int(stated)
+        return own if positions is None else min(own, positions)
+    least = tokenizer.num_special_tokens_to_add(pair=pair) + 1
+    most = LONGEST if positions is None else positions
+    if not least <= asked <= most:
+        raise InputError(f"max_length is {asked}, it must lie in {least} to {most}.")
+    return asked
 
 
 def _as_pair(number: int, text: Any) -> tuple[str, str | None]:
