@@ -48,7 +48,7 @@ class AdaLoRAArguments(LoRAArguments):
     beta1: float = flag(0.85, "beta_1: decay of the average of importance.")
     beta2: float = flag(0.85, "beta_2: decay of the average of its uncertainty.")
     tb_writter_loginterval: int | None = flag(
-        None, "Steps between entries of budget and ranks in TensorBoard; logging_steps where not given.",
+        None, "Steps between entries of budget and ranks in TensorBoard; by default logging_steps.",
         aliases=["--tb_writer_loginterval"],
     )  # fmt: skip
 
@@ -99,9 +99,10 @@ def choose_method(model: Any, flags: AdaLoRAArguments, do_train: bool) -> Method
         return adalora(model, flags.modules, log_every=flags.tb_writter_loginterval, **numbers, **common)
     if not flags.apply_adalora and (flags.target_rank or flags.target_total_rank):
         sentence = "apply_adalora is off: no budget is allocated, target_rank has no effect and all ranks stay"
-        logging.getLogger("loralib.run_glue").info(sentence)
+        logging.getLogger("loralib.run_glue").warning(sentence)
     method = lora(model, flags.modules, triplets=flags.lora_type == "svd", **common)
-    return replace(method, name="adalora") if flags.apply_adalora else method  # an evaluation alone allocates nothing
+    # Without training nothing is allocated; the name is still AdaLoRA's in logs and records.
+    return replace(method, name="adalora") if flags.apply_adalora else method
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

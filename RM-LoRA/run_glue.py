@@ -38,9 +38,9 @@ class RMLoRAArguments(LoRAArguments):
     lora_type: str = flag("v1", "v1: one draw for the rows of A and the columns of B; v2: a draw for each.")
     random_rank: int | None = flag(None, "Directions of each matrix that receive a gradient, 1 to lora_r.")
     reg_orth_coef: float = flag(0.0, "lambda: weight of the orthogonality penalty.")
-    mask_resample: str = flag("step", "Draw anew at each optimizer step, or at each epoch.", choices=["step", "epoch"])
+    mask_resample: str = flag("step", "Draw again at each optimizer step, or at each epoch.", choices=["step", "epoch"])
     as_released: bool = flag(
-        False, "Mask as the released code does: not at the first step, later the head's gradient too."
+        False, "Mask as the released code does: do not mask the first step; later also zero the head's gradient."
     )
 
     def __post_init__(self) -> None:

@@ -39,20 +39,20 @@ class SoRAArguments(LoRAArguments):
 
     _argument_group_name = "SoRA"
 
-    train_sparse: bool = flag(False, "Put a gate on each low-rank direction, and make gates 0; off: plain LoRA.")
+    train_sparse: bool = flag(False, "Add a gate to each low-rank direction, and prune gates to 0; off: plain LoRA.")
     sparse_lambda: float = flag(0.0, "lambda of eq. 5: weight of the gates' L1 norm in the loss.")
     sparse_lambda_2: float = flag(0.0, "eta lambda of eq. 7: threshold of the proximal step after each optimizer step.")
     lambda_schedule: str | None = flag(
         None,
-        "Algorithm 1: raise the threshold over stages, evenly (linear), as log of even steps between e^a and e^b "
-        "(log_linear) or as exp of even steps between log a and log b (exp_linear).",
+        "Algorithm 1: raise the threshold over stages. linear: it is evenly spaced; log_linear: its exp is evenly "
+        "spaced; exp_linear: its log is evenly spaced.",
         choices=["linear", "log_linear", "exp_linear"],
     )
-    max_lambda: float | None = flag(None, "b: threshold of the last stage; the first has a = sparse_lambda_2.")
+    max_lambda: float | None = flag(None, "Threshold of the last stage; that of the first is sparse_lambda_2.")
     lambda_num: int | None = flag(None, "n: number of stages, the first included.")
-    lambda_epochs: float | None = flag(None, "Epochs of each later stage; num_train_epochs where not given.")
-    sparse_lr: float | None = flag(None, "eta of the gates: their learning rate; learning_rate where not given.")
-    as_released: bool = flag(False, "Shrink as the released code does: gates below two thresholds become 0, too.")
+    lambda_epochs: float | None = flag(None, "Epochs of each later stage; by default num_train_epochs.")
+    sparse_lr: float | None = flag(None, "eta of the gates: their learning rate; by default learning_rate.")
+    as_released: bool = flag(False, "Shrink as the released code does: gates below twice the threshold become 0, too.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +92,7 @@ def check_optimizer(flags: SoRAArguments, training: GlueTrainingArguments) -> No
 
 
 def choose_methods(model: Any, flags: SoRAArguments, do_train: bool) -> list[Method]:
-    """Put the method into the model, once for each stage. A run without a schedule has one stage."""
+    """Adapt the model, and make one Method for each stage. A run without a schedule has one stage."""
     if not flags.apply_lora:
         return [full_fine_tuning(model)]
     if not flags.train_sparse:

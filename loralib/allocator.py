@@ -53,7 +53,7 @@ class RankAllocator:
         self.total_rank = sum(e.shape[0] for e in self.E)
         self.target_total = check_budget(self.total_rank, len(self.names), target_rank, target_total_rank)
         self.warmups, self.mask_interval = (init_warmup, final_warmup), mask_interval
-        self.init_warmup, self.final_warmup = (int(value) for value in self.warmups)  # `begin` sets them anew
+        self.init_warmup, self.final_warmup = (int(value) for value in self.warmups)  # `begin` sets them again
         self.beta1, self.beta2 = beta1, beta2
         self.total_step = 0
         if total_step is not None:
@@ -226,7 +226,7 @@ class RankAllocator:
                 tensor.copy_(found)
         device = self.E[0].device
         self.threshold = state["threshold"].to(device) if "threshold" in state else None
-        self.budget = int(state["budget"]) if "budget" in state else self.total_rank  # the next step sets it anew
+        self.budget = int(state["budget"]) if "budget" in state else self.total_rank  # the next step sets it again
         self._masked = None
         if "masked" in state:
             self._masked = state["masked"].to(device)

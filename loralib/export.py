@@ -1,4 +1,4 @@
-"""Names of `loralib.adapters` under the module where programs written after docs/variant.md import them."""
+"""Re-exports names of `loralib.adapters`, for programs written after docs/variant.md."""
 
 from loralib.adapters.exports import export_lora, export_merged, merge
 from loralib.adapters.own import load_adapter, save_adapter

@@ -27,7 +27,7 @@ class LoRALinear(nn.Linear):
         linear: the layer to adapt, (in -> out).
         r: rank, 1 or more.
         lora_alpha: numerator of the scaling.
-        lora_dropout: probability of dropout on the input of the low-rank path alone (ledger L4).
+        lora_dropout: probability of dropout only on the input of the low-rank path (ledger L4).
         init_std: standard deviation of the initial factors.
     """
 

@@ -75,15 +75,15 @@ class RandomMask:
         """
         gradients: list[Any] = [p.grad for p in (*self.A, *self.B)]
         if not self._buffers:
-            factors = zip(gradients, (*self.A, *self.B), strict=True)
-            self._buffers = [torch.empty_like(p.detach() if g is None else g) for g, p in factors]
+            pairs = zip(gradients, (*self.A, *self.B), strict=True)
+            self._buffers = [torch.empty_like(p.detach() if g is None else g) for g, p in pairs]
         if self.drawn is None or self.drawn[0] != key:
             self.drawn = (key, self.draw(key))
             self._fill(self.drawn[1])
         buffers = self._buffers
         if any(g is None for g in gradients):
-            pairs = [pair for pair in zip(gradients, buffers, strict=True) if pair[0] is not None]
-            gradients, buffers = [g for g, _ in pairs], [b for _, b in pairs]
+            there = [pair for pair in zip(gradients, buffers, strict=True) if pair[0] is not None]
+            gradients, buffers = [g for g, _ in there], [b for _, b in there]
         torch._foreach_mul_(gradients, buffers)
 
     def gradient_norm(self) -> Tensor:

@@ -60,7 +60,7 @@ class Method:
 
     Attributes:
         name: the name in logs, records and reports.
-        model: the adapted model; None if the method was given factors alone.
+        model: the adapted model; None if the method was given only factors.
         factors: the matrices that the method works on; None for full fine-tuning.
         penalty: returns the loss term without its weight, a scalar.
         penalty_coef: weight of the loss term; with 0 it is not computed (ledger L7).
@@ -347,7 +347,7 @@ def rm_lora(
         random_rank: number of directions of each matrix that receive a gradient, 1 to r.
         version: "v1" makes one draw for the rows of A and the columns of B, "v2" one draw for each (ledger R4).
         reg_orth_coef: weight of the penalty on A A^T - I and B^T B - I (ledger R7).
-        mask_resample: "step" draws anew at each optimizer step, "epoch" at each epoch (ledger R3).
+        mask_resample: "step" draws again at each optimizer step, "epoch" at each epoch (ledger R3).
         seed: seed of the draws (ledger R5).
         as_released: do not mask the first step; from the second on, also set the gradients of all other parameters,
             such as those of the head, to 0 (ledger R1, R2).
@@ -392,7 +392,9 @@ def rm_lora(
         before_step=before_step,
         scalars=scalars,
         facts=lambda: {"random_rank": random_rank, "directions_per_step": random_rank * sides},
-        plan=lambda total: f"mask: {random_rank} of {mask.r} directions a matrix, drawn anew at each {mask_resample}",
+        plan=lambda total: (
+            f"mask: {random_rank} of {mask.r} directions per matrix, drawn again at each {mask_resample}"
+        ),
     )
 
 

@@ -24,7 +24,7 @@ MORE = {
     "monteclora_config": "MonteCLoRA's samples",
     "arrow_config": "Arrow's router",
     "alora_invocation_tokens": "activated LoRA's tokens",
-    "target_parameters": "parameters that are no layers",
+    "target_parameters": "parameters that are not layers",
     "trainable_token_indices": "trained tokens",
 }
 
@@ -71,7 +71,7 @@ def peft_factors(model: nn.Module) -> Factors:
     for name, layer in layers:
         name = name.removeprefix("base_model.model.")
         if adapter in getattr(layer, "lora_embedding_A", ()):
-            raise InputError(f"PEFT's adapter {adapter} adapts the embedding {name}: linear layers alone work here.")
+            raise InputError(f"PEFT's adapter {adapter} adapts the embedding {name}: only linear layers work here.")
         if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
             continue  # it is a whole module that trains, or a layer of another adapter
         if layer.merged:
@@ -82,7 +82,7 @@ def peft_factors(model: nn.Module) -> Factors:
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             raise InputError(
                 f"PEFT's adapter {adapter} has shapes {tuple(A.shape)} and {tuple(B.shape)} for lora_A and lora_B of "
-                f"{name}: linear layers alone work here."
+                f"{name}: only linear layers work here."
             )
         if not (A.requires_grad and B.requires_grad):
             raise InputError(
@@ -156,6 +156,6 @@ class PeftAllocatorState:
         self._config.rank_pattern = kept or None
 
     def restart(self) -> None:
-        """Forget everything, for a run that begins anew."""
+        """Forget everything, for a run that starts over."""
         self.tuner.rankallocator.reset_ipt()
         self._config.rank_pattern = None

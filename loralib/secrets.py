@@ -27,7 +27,7 @@ def is_secret(name: str) -> bool:
 
 
 def remember(value: object) -> None:
-    """Hide this value from now on. None and empty text are no secrets."""
+    """Hide this value from now on. None and empty text are not secrets."""
     if isinstance(value, str) and value.strip():
         _values.update((value, value.strip()))
 

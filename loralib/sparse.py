@@ -127,8 +127,7 @@ def lambda_stages(schedule: str, start: float, end: float, stages: int) -> list[
     """Thresholds of SoRA's sparsifying schedule, first to last (paper's Algorithm 1, ledger S8).
 
     Args:
-        schedule: "linear" (evenly spaced), "log_linear" (log of evenly spaced values between e^start and e^end) or
-            "exp_linear" (exp of evenly spaced values between log start and log end).
+        schedule: "linear": the thresholds are evenly spaced; "log_linear": their exp is; "exp_linear": their log is.
         start: `sparse_lambda_2`; above 0 for "exp_linear".
         end: `max_lambda`, above start.
         stages: `lambda_num`, 2 or more, the first stage included.

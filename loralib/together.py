@@ -1,4 +1,4 @@
-"""`work_alone` under the name that programs written after earlier versions of docs/variant.md import it by."""
+"""Re-exports `prepare_one_by_one` as `work_alone`, for programs written after earlier versions of docs/variant.md."""
 
 from loralib.kernels.prepare import prepare_one_by_one as work_alone
 

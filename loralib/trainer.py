@@ -1,4 +1,4 @@
-"""LoRATrainer under the name that entry points written after docs/variant.md import it by."""
+"""Re-exports LoRATrainer, for entry points written after docs/variant.md."""
 
 from loralib.training.checkpoints import Stateful
 from loralib.training.trainer import LoRATrainer, task_loss

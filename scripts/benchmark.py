@@ -95,7 +95,13 @@ class Contestant:
     """A model with one way to train it. `step` runs one optimizer step and marks its parts."""
 
     def __init__(self, name: str, base: nn.Module, o: argparse.Namespace) -> None:
-        """name: METHOD[/stock|/longest|/unpadded], "peft lora" or "peft adalora". base: the shared frozen weights."""
+        """Build the model, its method and its optimizer.
+
+        Args:
+            name: METHOD[/stock|/longest|/unpadded], "peft lora" or "peft adalora".
+            base: the shared frozen weights.
+            o: the options of the command line.
+        """
         self.name, self.o, self.number = name, o, 0
         self.model: Any = build(o)
         for own, shared in zip(self.model.parameters(), base.parameters(), strict=True):
@@ -182,7 +188,7 @@ class Contestant:
         mark("method")
         self.optimizer.step()
         mark("optimizer")
-        self.method.after_step(self.number + 1)
+        self.method.after_step(self.number + 1)  # + 1, because at step 0 AdaLoRA's importance would be skipped
         if self.after is not None:
             self.after(self.number + 1)
         mark("method")
@@ -302,8 +308,8 @@ def first_steps(contestant: Contestant, batch: dict[str, Tensor], o: argparse.Na
         # The optimizer is left out, because its arithmetic may be one kernel or many. SoRA's threshold, six operations,
         # is left out with it.
         found["operations"] = sum(n for part, n in operations.parts.items() if part != "optimizer")
-    # The memory of a contestant that is alone: weights and the optimizer's averages are added. The averages of an
-    # allocator are small and left out.
+    # The memory of a contestant as if it were the only one: weights and the optimizer's averages are added. The
+    # averages of an allocator are small and left out.
     held = [*contestant.model.parameters(), *contestant.trained, *contestant.trained]
     found["peak_memory_bytes"] = peak_above(contestant, batch, o) + sum(t.numel() * t.element_size() for t in held)
     if o.device.type == "cuda":
@@ -425,7 +431,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def variations(o: argparse.Namespace) -> Iterator[argparse.Namespace]:
-    """The settings that --scaling or --gpu-suite measure; otherwise `o` alone."""
+    """The settings that --scaling or --gpu-suite measure; otherwise only `o`."""
 
     def vary(**changes: Any) -> argparse.Namespace:
         return argparse.Namespace(**(vars(o) | changes))
@@ -466,7 +472,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="bf16 and fp16: autocast, as the trainer does"
     )
-    parser.add_argument("--real", type=float, default=1.0, help="share of tokens that are no padding, above 0, up to 1")
+    parser.add_argument("--real", type=float, default=1.0, help="share of real tokens (not padding), above 0, up to 1")
     parser.add_argument(
         "--methods",
         help=f"contestants, separated by commas: frozen, {', '.join(METHODS)}, svd-lora, each also as NAME/stock, "

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of docs/results.md: every method with its own learning rate, chosen by as many trials, on real GLUE.
+# Compares all methods on real GLUE, each with its own learning rate, chosen from the same number of trials.
 #
 #     MODEL=FOLDER DATA=FOLDER bash scripts/comparison.sh [FLAGS OF scripts/sweep.py]
 #
@@ -13,9 +13,9 @@
 # - Rank 8, alpha 16 for all; AdaLoRA starts at 12 = 1.5 x 8, as its paper does.
 # - AdaLoRA: gamma of its paper's Table 8; t_i and t_f are the same fractions of all steps as there (CoLA: 800 and 3500
 #   of 6,700; STS-B: 800 and 2000 of 4,500); the interval of 10 steps becomes 1 for the same reason.
-# - SoRA: the threshold takes 0.67 from a gate over the whole run (CoLA 804 steps, STS-B 540), the median of the initial
-#   |N(0, 1)|: half of the gates end at 0 if nothing pushes them. Its paper's product of threshold and steps, 4.3, cannot
-#   be had in so few steps: the threshold would exceed what Adam moves.
+# - SoRA: threshold x steps is 0.67 (CoLA has 804 steps, STS-B 540). That is the median of the initial |N(0, 1)|, so half
+#   of the gates end at 0 if nothing else moves them. The paper's product, 4.3, is impossible in so few steps, because the
+#   threshold would be larger than the steps of Adam.
 # - RM-LoRA: half of the directions in each step, coefficient 0.1 (README of the release).
 # - --heldout_split 0 and --tune_selection best: the best evaluation on one half of the development set chooses learning
 #   rate and epoch, and the other half is reported (report.py --selection heldout).

@@ -1,7 +1,7 @@
 """Builds the embedded default: a tiny DeBERTa-v3 with its own tokenizer, and a generated data set in MRPC's format.
 
-Both come from this file alone, without network and the same on every run, so that the quickstart and the tests walk the
-very code paths of microsoft/deberta-v3-base on MRPC.
+This file makes both without network, and the same on every run. With them, the quickstart and the tests use the same
+code as microsoft/deberta-v3-base on MRPC.
 
 The language: a sentence states one fact, who did what to what and when. Each of the four parts has two wordings and a
 sentence has four orders of words, so two sentences about one fact may share few words (label equivalent), and two
@@ -73,7 +73,7 @@ def facts() -> dict[str, list[Fact]]:
     return shares
 
 
-def word(fact: Fact, rng: random.Random) -> list[tuple[int | None, str]]:
+def sentence_for(fact: Fact, rng: random.Random) -> list[tuple[int | None, str]]:
     """A sentence for the fact in random wording, as (part or None, text) in order."""
     order = rng.choice(ORDERS)
     return [(None, p) if isinstance(p, str) else (p, rng.choice(PARTS[p][fact[p]])) for p in order]
@@ -104,7 +104,7 @@ def pairs(share: str, rows: int, seed: int) -> list[tuple[str, str, int]]:
         other = fact if label else change(fact, known, rng, rng.sample(range(4), rng.choice((1, 1, 2))))
         while other is None:
             other = change(fact, known, rng, rng.sample(range(4), 2))
-        sentences = [" ".join(text for _, text in word(f, rng)) for f in (fact, other)]
+        sentences = [" ".join(text for _, text in sentence_for(f, rng)) for f in (fact, other)]
         out.append((*sentences, label))
     return out
 
@@ -174,10 +174,10 @@ def build_tokenizer(folder: Path) -> Any:
 
 
 def pretraining_batch(sp: Any, pool: list[Fact], rng: random.Random, size: int) -> tuple[Any, Any, Any]:
-    """(input_ids, attention_mask, labels), each (size, length); labels: 1 replaced, 0 not, -100 not asked.
+    """(input_ids, attention_mask, labels), each (size, length); labels: 1 replaced, 0 not, -100 ignored.
 
-    Asked are the tokens of the second sentence's parts, and its [SEP], which stands for all of them. Each part is
-    replaced with chance 1/4.
+    The loss counts the tokens of the second sentence's parts, and its [SEP], which stands for all of them. The other
+    tokens are ignored. Each part is replaced with probability 1/4.
     """
     import torch
 
@@ -185,9 +185,9 @@ def pretraining_batch(sp: Any, pool: list[Fact], rng: random.Random, size: int) 
     for _ in range(size):
         fact = rng.choice(pool)
         other = tuple(rng.randrange(len(PARTS[i])) if rng.random() < 0.25 else m for i, m in enumerate(fact))
-        first = [i for _, text in word(fact, rng) for i in sp.encode(text)]
+        first = [i for _, text in sentence_for(fact, rng) for i in sp.encode(text)]
         row, asked = [1, *first, 2], [-100] * (len(first) + 2)
-        for part, text in word(other, rng):
+        for part, text in sentence_for(other, rng):
             pieces = sp.encode(text)
             row += pieces
             asked += [-100 if part is None else int(other[part] != fact[part])] * len(pieces)
@@ -203,7 +203,7 @@ def pretrain(model: Any, head: Any, sp: Any, steps: int, seed: int) -> float:
     import torch
 
     rng, pool = random.Random(seed), facts()["pretraining"]
-    with torch.no_grad():  # two wordings begin close to each other, as the company they keep would bring them
+    with torch.no_grad():  # two wordings begin close to each other, as co-occurrence would make them
         table = model.get_input_embeddings().weight
         for meaning in itertools.chain.from_iterable(PARTS):
             vector = torch.randn(table.shape[1]) * 0.05
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> Path:
         try:
             build_data(aside / DATA)
             build_model(aside / MODEL)
-            aside.chmod(0o755)  # mkdtemp's folder is its owner's alone
+            aside.chmod(0o755)  # only its owner can read mkdtemp's folder
             try:
                 os.rename(aside, target)
             except OSError:  # another process was faster: what it built is the same

@@ -16,6 +16,10 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  for several machines, as in torchrun
 #   DRY_RUN=1  print the command and stop
 #
+# Sources of the settings: AdaLoRA is arXiv 2303.10512 (Tables 1 and 8) and its original script. SoRA is arXiv 2311.11696 and
+# its scripts. RM-LoRA is arXiv 2407.12074, whose released README and script state settings only for MRPC. "not stated" means
+# that the source of the method gives no value for this task; the text after it names where we took the value from.
+#
 # If the same command is given again, the run goes on from its last checkpoint; a finished run is left alone.
 # shellcheck shell=bash
 set -euo pipefail
@@ -25,7 +29,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" # root, die, setup_env
 here="$PWD"
 task="$(basename "${BASH_SOURCE[1]}" .sh)"
 methods=(lora lora-orth adalora sora rm-lora-v1 rm-lora-v2 full)
-known=("${methods[@]}" lora-sora-baseline) # a second setting of a method is no method of its own, so `all` leaves it out
+known=("${methods[@]}" lora-sora-baseline) # a second setting of a method, which `all` leaves out
 
 # The entry point of each method, and the flags that name the method there.
 declare -A entries=([lora]=AdaLoRA [lora-orth]=AdaLoRA [adalora]=AdaLoRA [sora]=SoRA [rm-lora-v1]=RM-LoRA
@@ -110,7 +114,7 @@ finished() {
 }
 
 run() { # METHOD FLAGS...
-    local method="$1" label="$1" visible share nodes="${NNODES:-1}" count accumulate output overwrite per_device
+    local method="$1" label="$1" visible processes nodes="${NNODES:-1}" count accumulate output overwrite per_device
     local entry batch=32 like
     local -a flags=() own=() launcher=()
     shift
@@ -121,7 +125,7 @@ run() { # METHOD FLAGS...
         [[ "$label" != run_glue ]] || label="$(basename "$(dirname "$entry")")"
         if [[ "${1:-}" == --like ]]; then
             like="${2:-}"
-            [[ " ${known[*]} " == *" $like "* ]] || die "--like '$like' is no method: use one of ${known[*]}."
+            [[ " ${known[*]} " == *" $like "* ]] || die "--like '$like' is not a method: use one of ${known[*]}."
             shift 2
             settings "$like"
             [[ "$like" == full ]] || flags=(--apply_lora "${flags[@]}")
@@ -140,15 +144,16 @@ run() { # METHOD FLAGS...
     visible="$(gpus "$@")"
     count="${NPROC:-$((visible > 0 ? visible : 1))}"
     [[ "$count" =~ ^[1-9][0-9]*$ ]] || die "NPROC is '$count', it must be a number of processes, 1 or more."
-    share="$((count * nodes))"
+    processes="$((count * nodes))"
     accumulate="$(value_of gradient_accumulation_steps 1 "$@")"
     if [[ -z "$(value_of per_device_train_batch_size "" "$@")" ]]; then
         # The effective batch stays that of the source, so that settings in steps keep their meaning.
-        ((batch % (share * accumulate) == 0)) ||
-            die "the batch of $batch that $task's $method is trained with does not divide by $share processes x" \
-                "$accumulate accumulated batches: choose GPUs (CUDA_VISIBLE_DEVICES) or --gradient_accumulation_steps" \
-                "that divide it, or set --per_device_train_batch_size, which changes the number of steps."
-        per_device="$((batch / share / accumulate))"
+        ((batch % (processes * accumulate) == 0)) ||
+            die "$task's $method needs a batch of $batch, which cannot be divided by $processes processes x $accumulate" \
+                "accumulated batches. Choose a number of GPUs (CUDA_VISIBLE_DEVICES) or of accumulated batches" \
+                "(--gradient_accumulation_steps) that divides it, or set --per_device_train_batch_size, which changes the" \
+                "number of steps."
+        per_device="$((batch / processes / accumulate))"
         own+=(--per_device_train_batch_size "$per_device")
     fi
 
@@ -158,7 +163,7 @@ run() { # METHOD FLAGS...
     [[ -z "${DATA:-}" ]] || own+=(--dataset_name "$DATA")
     overwrite="$(value_of overwrite_output_dir False "$@")"
 
-    if ((share > 1)); then
+    if ((processes > 1)); then
         ((visible > 0)) || own+=(--use_cpu) # otherwise each process would train alone
         launcher=(-m torch.distributed.run --nproc_per_node "$count")
         if ((nodes > 1)); then
@@ -171,13 +176,13 @@ run() { # METHOD FLAGS...
         fi
     fi
 
-    # Of any other folder the entry point decides whether the run goes on, starts anew or is refused.
+    # For any other folder the entry point decides whether the run goes on, starts from scratch or is refused.
     if ! is_on "$overwrite" && finished "$output"; then
-        echo "$output holds a finished run: nothing to do, whatever the flags (--overwrite_output_dir runs it anew)."
+        echo "$output holds a finished run, so nothing is done, even if other flags are given. --overwrite_output_dir starts over."
         return
     fi
 
-    # Later flags win.
+    # Later flags win: those of the command line come last.
     local -a call=(${launcher[@]+"${launcher[@]}"} "$entry" "${common[@]}" ${flags[@]+"${flags[@]}"} "${own[@]}" "$@")
     if [[ "${DRY_RUN:-0}" != 0 ]]; then
         shown "${PYTHON:-python}" "${call[@]}"

@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/mnli.sh METHOD [FLAGS...]: fine-tunes on MNLI, 392,702 training rows. Environment: see launch.sh.
-#
-# AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
-# RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
-# "not stated": the source of the method gives no value for this task; the words behind it say where it is from.
-# launch.sh knows each method's entry point and the flags that name it.
+# bash scripts/mnli.sh METHOD [FLAGS...]: fine-tunes on MNLI, 392,702 training rows. Environment, sources: see launch.sh.
 # shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -46,8 +41,8 @@ settings() { # METHOD
         --lora_alpha 16        # not stated: SoRA's STS-B script
         --sparse_lambda 1e-3   # not stated: SoRA's RTE script
         --sparse_lambda_2 5e-5 # not stated: SoRA's STS-B script has 3e-4 for 14,380 steps; here 85,904
-        --learning_rate 5e-4   # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
-        --num_train_epochs 7   # not stated: AdaLoRA Table 8 (SoRA's RTE script has RTE's)
+        --learning_rate 5e-4   # not stated: AdaLoRA Table 8 (SoRA's RTE script also uses AdaLoRA's value for RTE)
+        --num_train_epochs 7   # not stated: AdaLoRA Table 8 (SoRA's RTE script also uses AdaLoRA's value for RTE)
         --max_seq_length 256   # not stated: AdaLoRA's script
         --warmup_ratio 0.06    # SoRA's scripts
         --weight_decay 0.1     # SoRA's scripts

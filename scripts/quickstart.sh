@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # bash scripts/quickstart.sh [FLAGS]: fine-tunes with LoRA, AdaLoRA, SoRA, RM-LoRA v1 and v2, and prints one table.
 #
-# Without flags it trains the embedded tiny DeBERTa-v3 on generated pairs in MRPC's format, without network, in less than 4
-# minutes on two cores. Flags go to the entry points. A flag for the model or the data replaces the embedded one:
+# Without flags it trains the embedded tiny DeBERTa-v3 on generated pairs in MRPC's format, without network, in about a
+# minute on two cores. Flags go to the entry points. A flag for the model or the data replaces the embedded one:
 #   bash scripts/quickstart.sh --model_name_or_path microsoft/deberta-v3-base --task_name mrpc
 # --output_dir DIR gets a folder for each method (default output/quickstart, or output/MODEL-DATA for other models or data).
 set -euo pipefail

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     runs = [json.loads((folder / "run.json").read_text()) for folder in folders]
     text = table([row(run) for run in runs])
     print(text)
-    print("trainable: low-rank factors and head; remaining: what is left of them after pruning; rank: mean a matrix.")
+    print("trainable: low-rank factors and head; remaining: what is left after pruning; rank: mean over the matrices.")
     return text
 
 

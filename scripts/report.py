@@ -2,9 +2,9 @@
 
     python scripts/report.py output/ [--selection last|best|heldout] [--out DIR] [--page FILE.md]
 
-last: the metrics at the end of the run. best: those of the evaluation with the best score; they are chosen and reported
-on the same rows, and so biased upwards. heldout: the evaluation that is best on one half of the validation rows, with
-its metrics on the other half (for runs with --heldout_split SEED).
+last: the metrics at the end of the run. best: the metrics of the evaluation with the best score, which is chosen and
+reported on the same rows, so the number is biased upwards. heldout: the evaluation that is best on one half of the
+validation rows, with its metrics on the other half (for runs with --heldout_split SEED).
 """
 
 import sys

@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/rte.sh METHOD [FLAGS...]: fine-tunes on RTE, 2,490 training rows. Environment: see launch.sh.
-#
-# AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
-# RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
-# "not stated": the source of the method gives no value for this task; the words behind it say where it is from.
-# launch.sh knows each method's entry point and the flags that name it.
+# bash scripts/rte.sh METHOD [FLAGS...]: fine-tunes on RTE, 2,490 training rows. Environment, sources: see launch.sh.
 # shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -48,7 +43,7 @@ settings() { # METHOD
         --sparse_lambda_2 0      # SoRA's RTE script: the schedule starts at 0 ...
         --max_lambda 7e-4        # SoRA's RTE script: ... and ends here,
         --lambda_num 7           # SoRA's RTE script: in 7 stages
-        --lambda_schedule linear # not stated: the one of the three that starts at 0 evenly
+        --lambda_schedule linear # not stated: evenly spaced thresholds
         --lambda_epochs 15       # SoRA's RTE script: of each stage after the first
         --learning_rate 1.2e-3   # SoRA's RTE script
         --num_train_epochs 50    # SoRA's RTE script: of the first stage

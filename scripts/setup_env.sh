@@ -25,7 +25,8 @@ sys.exit(not (os.path.samefile(os.path.dirname(os.path.dirname(found)), root) an
 }
 
 # setup_env VENV EXTRAS CONSTRAINTS [MODULE...]: uses the active environment if this clone and the modules are installed
-# there. Otherwise it uses the environment VENV, and makes it if needed, with "loralib EXTRAS" at the versions of CONSTRAINTS.
+# there. Otherwise it uses the environment VENV. If VENV does not exist, it makes VENV and installs this clone there with
+# EXTRAS, at the versions of CONSTRAINTS.
 setup_env() {
     local venv="$root/$1" extras="$2" constraints="$3" candidate base="" stamp
     if [[ "$1" == .venv ]] && candidate="$(command -v python)" && installed "$candidate" "${@:4}"; then
@@ -34,7 +35,7 @@ setup_env() {
     fi
     unset PYTHONPATH PYTHONHOME
     python="$venv/bin/python"
-    # The stamp tells from which files and where the packages were installed. If it changes, they are installed anew.
+    # The stamp tells from which files and where the packages were installed. If it changes, they are installed again.
     stamp="$(cd "$root" && cat setup.py "$constraints" | cksum) $root"
     if recent "$python" && [[ "$(cat "$venv/installed$extras" 2>/dev/null)" == "$stamp" ]]; then
         return

@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/stsb.sh METHOD [FLAGS...]: fine-tunes on STS-B, 5,749 training rows. Environment: see launch.sh.
-#
-# AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
-# RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
-# "not stated": the source of the method gives no value for this task; the words behind it say where it is from.
-# launch.sh knows each method's entry point and the flags that name it.
+# bash scripts/stsb.sh METHOD [FLAGS...]: fine-tunes on STS-B, 5,749 training rows. Environment, sources: see launch.sh.
 # shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"

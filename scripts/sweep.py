@@ -2,11 +2,11 @@
 
     python scripts/sweep.py --tasks mrpc,rte --methods lora,adalora,sora --seeds 1,2,3 [--grid lora_r=4,8] [FLAGS...]
 
-Flags that are not listed here go to every run, those of --only to the runs of one method. MODEL and DATA are read from
-the environment, as by the scripts. Every command is parsed before the first run, so that a mistyped flag costs seconds.
-A run is in OUTPUT/TASK/METHOD[,NAME=VALUE...]/seedK, with its output in run.log. The same command, given again, skips
-finished runs and goes on with the others from their last checkpoints. It needs Linux, and Ray: pip install -e
-'.[sweep]'.
+Flags that --help does not list go to every run; the flags inside --only go to the runs of one method. MODEL and DATA
+come from the environment, as by the scripts. Every command is parsed before the first run, so that a mistyped flag
+costs seconds. A run is in OUTPUT/TASK/METHOD[,NAME=VALUE...]/seedK, with its output in run.log. The same command, given
+again, skips finished runs and goes on with the others from their last checkpoints. It needs Linux, and Ray: pip install
+-e '.[sweep]'.
 """
 
 import sys

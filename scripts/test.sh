@@ -3,7 +3,7 @@
 # tools.
 # --oldest: pytest with the oldest supported versions, in an environment of its own. Its torch comes with CUDA's libraries,
 #   5 GB on disk in all, so run it by hand: before a release, and when a lower end in setup.py changes.
-# --newest: pytest with the newest versions that setup.py allows. This environment is made anew at each call and is as
+# --newest: pytest with the newest versions that setup.py allows. This environment is made again at each call and is as
 #   large. Run it by hand when torch or transformers have a new version.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"

@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
-# bash scripts/wnli.sh METHOD [FLAGS...]: fine-tunes on WNLI, 635 training rows. Environment: see launch.sh.
+# bash scripts/wnli.sh METHOD [FLAGS...]: fine-tunes on WNLI, 635 training rows. Environment, sources: see launch.sh.
 #
-# No paper here has a row for WNLI, so all values below are those of RTE, GLUE's most similar task.
-# AdaLoRA: arXiv 2303.10512 (Tables 1 and 8) and its original script; SoRA: arXiv 2311.11696 and its scripts;
-# RM-LoRA: arXiv 2407.12074, whose released README and script state settings for MRPC alone.
-# "not stated": the source of the method gives no value for this task; the words behind it say where it is from.
-# launch.sh knows each method's entry point and the flags that name it.
+# No paper here has a row for WNLI. LoRA and AdaLoRA use the values for RTE, GLUE's most similar task, with numbers of steps
+# in proportion to WNLI's size.
 # shellcheck disable=SC2034 # batch and flags are read by launch.sh
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"

@@ -46,7 +46,7 @@ class RootScaled(LoRALinear):
 
 
 class Lengthened(LoRALinear):
-    """A variant with a parameter of its own and a product that is no low-rank one: rows of W + s B A, stretched."""
+    """A variant with a parameter of its own and a product that is not low-rank: rows of W + s B A, stretched."""
 
     def add_parameters(self, **like: Any) -> None:
         self.lora_length = nn.Parameter(torch.ones(self.out_features, **like))

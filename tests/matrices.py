@@ -7,7 +7,7 @@ from loralib.layers import LoRALinear
 
 
 def randomised(layer: LoRALinear) -> LoRALinear:
-    """All of the layer's own parameters drawn anew, so that no factor is zero."""
+    """All of the layer's own parameters drawn again, so that no factor is zero."""
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     return layer

@@ -3,7 +3,7 @@
     python tests/replay_golden.py CASE.json [CASE.json ...]
 
 Beside each CASE.json lies CASE.safetensors. Only the sampler (file order), the dtype (float64) and the mask's draws
-are replaced. One JSON object a line: {"case", "max_loss_diff", "max_param_diff", "max_logit_diff", "ranks_equal",
+are replaced. One JSON object per line: {"case", "max_loss_diff", "max_param_diff", "max_logit_diff", "ranks_equal",
 "seconds"}; exit status 1 beyond tolerance (losses 1e-6, parameters 1e-5, every rank at every step).
 """
 
@@ -131,7 +131,7 @@ def replay(path: Path, output_dir: str) -> dict[str, Any]:
     if method == "adalora":
         record = RecordAllocations(chosen.state["allocator"])
         trainer.add_callback(record)
-    # the Trainer prints its last log where no progress bar is shown; this command prints one object a line
+    # the Trainer prints its last log where no progress bar is shown; this command prints one object per line
     trainer.callback_handler.callbacks = [
         c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
     ]

@@ -162,7 +162,7 @@ def trainer(
 
 
 def result(run: LoRATrainer) -> dict[str, Any]:
-    """All that a run ends with and that does not hang on the clock: parameters, buffers and logs."""
+    """All that a run ends with and that does not depend on the clock: parameters, buffers and logs."""
     clock = ("_runtime", "_per_second")
     return {
         "state": {k: v.clone() for k, v in run.model.state_dict().items()},

@@ -61,7 +61,7 @@ def test_adapting_twice_is_refused() -> None:
         adapt(model, LoRALinear, ["value"], r=2, lora_alpha=4.0)
 
 
-def test_a_model_without_a_head_of_its_own_trains_its_factors_alone() -> None:
+def test_a_model_without_a_head_trains_only_its_factors() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     assert backbone_of(model) == ("", model)
     assert adapt(model, LoRALinear, ["2"], r=1, lora_alpha=1.0) == ["2"]

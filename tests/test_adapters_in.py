@@ -75,7 +75,7 @@ def test_another_layer_type_module_list_or_model_is_refused(tmp_path: Path) -> N
         load_lora(small, tmp_path / "run")
 
 
-def test_a_differing_head_starts_anew_and_is_named(tmp_path: Path) -> None:
+def test_a_differing_head_starts_over_and_is_named(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "deberta")
     trained = make_run(tmp_path / "run", base, "lora", num_labels=3)
     model = load_base(base, 2)

@@ -322,7 +322,7 @@ def test_a_layer_with_a_diagonal_of_its_own_is_not_folded_from_the_file(tmp_path
 def test_a_run_is_evaluated_exported_and_trained_on(
     entry_point: Any, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Train; then `--do_eval` alone from each route gives the metrics of training; then go on with another head."""
+    """Train; then only `--do_eval` from each route gives the metrics of training; then go on with another head."""
     import export_adapter
 
     usual = {
@@ -357,7 +357,7 @@ def test_a_run_is_evaluated_exported_and_trained_on(
     caplog.clear()
     call("RM-LoRA", "on", **methods["RM-LoRA"], lora_path=tmp_path / "RM-LoRA", do_train=True, max_steps=1,
          dataset_name=None, train_file=three, validation_file=three, do_eval=True)  # fmt: skip
-    assert "start anew: classifier.weight, classifier.bias" in caplog.text
+    assert "get fresh values: classifier.weight, classifier.bias" in caplog.text
     with pytest.raises(InputError, match="fully fine-tuned"):
         export_adapter.main([str(tmp_path / "RM-LoRA-merged"), "--to", "peft"])
 
@@ -446,7 +446,9 @@ def test_a_base_that_moved_is_found_by_its_flag_and_one_that_does_not_fit_is_ref
         (["run", "--to", "merged", "--layer", "own.py:Path"], r"own\.py has no layer class 'Path'"),
     ],
 )
-def test_what_the_script_refuses(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_export_script_refuses_bad_arguments(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import export_adapter
 
     monkeypatch.chdir(tmp_path)

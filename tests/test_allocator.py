@@ -162,7 +162,7 @@ def test_allocator_state_goes_round() -> None:
         ({"init_warmup": 5, "final_warmup": 5}, r"init_warmup 5 \+ final_warmup 5 must stay below the total of 10"),
     ],
 )
-def test_allocator_refuses(settings: dict, said: str) -> None:
+def test_a_budget_outside_its_range_is_refused(settings: dict, said: str) -> None:
     """Ledger A6."""
     usual = {"target_rank": 2, "init_warmup": 1, "final_warmup": 1, "mask_interval": 1, "total_step": 10}
     with pytest.raises(InputError, match=said):

@@ -79,7 +79,7 @@ def test_the_card_tells_method_data_metrics_and_command(
     same = {(r.dataset_type, r.dataset_config, r.dataset_split, r.task_type) for r in known.eval_results}
     assert same == {("nyu-mll/glue", "mrpc", "validation", "text-classification")}
     assert "20 of its validation rows" in listed["f1"].dataset_name
-    # of folders on this machine it has the names alone
+    # it has only the names of folders on this machine
     assert str(tmp_path) not in card and str(mrpc_dir) not in card and str(tiny_model_dir.parent) not in card
     assert f"--output_dir {tmp_path.name}" not in body and "--output_dir run" in body
     assert "# lora adapter for mrpc" in body and "On 20 evaluation rows" in body

@@ -112,7 +112,7 @@ def test_a_checkpoint_is_resumed_with_the_same_weights_only(
         ("balanced 1 2", "class_weights holds 'balanced'"),
     ],
 )
-def test_weights_that_cannot_be_are_refused(
+def test_bad_class_weights_are_refused(
     weights: str, said: str, flags: list[str], entry_point: Callable[[str], Any]
 ) -> None:
     with pytest.raises(InputError, match=said.replace("(", r"\(")):

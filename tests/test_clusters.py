@@ -51,7 +51,7 @@ def test_programs_and_scripts_of_the_page_exist() -> None:
 
 
 @pytest.mark.parametrize("text", JOBS, ids=name_of_job)
-def test_jobs_of_slurm_are_requeued_after_sigterm_alone(text: str) -> None:
+def test_jobs_of_slurm_are_requeued_only_after_sigterm(text: str) -> None:
     words = shlex.split(" ".join(re.findall(r"^#SBATCH (.*)$", text, re.M)))
     known = "job-name array nodes gpus gpus-per-node ntasks-per-node cpus-per-task mem time signal requeue open-mode "
     known += "output exclusive"
@@ -129,7 +129,7 @@ def test_a_signal_to_the_batch_script(text: str, number: int, stopped: int, requ
 
 @pytest.mark.parametrize("text", [text for text in JOBS if "scontrol requeue" in text], ids=name_of_job)
 def test_a_job_that_ends_by_itself(text: str, tools: Path) -> None:
-    """It is requeued at status 143 alone, and where torchrun hides the status, never without the signal."""
+    """It is requeued only at status 143, and where torchrun hides the status, never without the signal."""
     for status in (0, 1, 2, 3, 130, 143):
         (tools.parent / "requeued").unlink(missing_ok=True)
         assert begin_job(text, tools, STATUS=str(status), STOPPED="0").wait(30) == status
@@ -233,7 +233,7 @@ def test_the_recipe_for_torchrun_goes_on_after_sigterm_and_ends_as_undisturbed(
         return json.loads((tmp_path / name / "run.json").read_text())
 
     def stop(number: int) -> int:
-        """Begin or go on, and signal the batch script alone, as B: says, after the next log. Return the last step."""
+        """Begin or go on, and signal only the batch script, as B: says, after the next log. Return the last step."""
         said = (tmp_path / "stopped.log").read_text().count("'loss'") if (tmp_path / "stopped.log").exists() else 0
         job = begin("stopped")
         while (tmp_path / "stopped.log").read_text().count("'loss'") == said:

@@ -146,7 +146,7 @@ def classify(model: nn.Module, ids: Tensor, mask: Tensor, **more: object) -> tup
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [1, 9, 40])
-def test_the_first_token_alone_gives_the_logits(variant: str, packed: bool, length: int) -> None:
+def test_only_the_first_token_is_computed_for_the_logits(variant: str, packed: bool, length: int) -> None:
     """Whole classifier: the last layer runs for the first token only, gradients included."""
     stock = build(**VARIANTS[variant]).double()
     fast = copy.deepcopy(stock)
@@ -160,7 +160,7 @@ def test_the_first_token_alone_gives_the_logits(variant: str, packed: bool, leng
     assert whole.shape == (3, length, 24)
 
 
-def test_the_first_token_alone_with_a_convolution_in_the_only_layer() -> None:
+def test_only_the_first_token_with_a_convolution_in_the_only_layer() -> None:
     stock = build(conv_kernel_size=3, num_hidden_layers=1).double()
     fast = copy.deepcopy(stock)
     use_fast_attention(fast)
@@ -339,7 +339,7 @@ def test_dropout_leaves_the_mean_and_stops_in_eval() -> None:
     ids, mask = batch(9)
     found: list[Tensor] = []
     attention.register_forward_hook(lambda m, a, out: found.append(out[0].detach()))
-    attention.pos_dropout.p = model.deberta.embeddings.dropout.p = 0.0  # the attention dropout alone
+    attention.pos_dropout.p = model.deberta.embeddings.dropout.p = 0.0  # only the attention dropout
     with torch.no_grad():
         for _ in range(400):
             model(input_ids=ids, attention_mask=mask)

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 def meaning(sentence: str) -> tuple[int, ...]:
-    """The fact that a sentence states, read back from its words alone."""
+    """The fact that a sentence states, read back from its words."""
     text = f" {sentence} "
     found = []
     for part in embedded.PARTS:

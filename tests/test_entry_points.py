@@ -193,7 +193,7 @@ def test_results_of_sora_and_rm_lora(usual, entry_point, tmp_path) -> None:
     assert "train/orth_regu_loss" in shown and "train/task_loss" in shown
 
 
-def test_eval_loss_is_the_task_loss_alone(usual, entry_point) -> None:
+def test_eval_loss_is_the_task_loss_without_the_penalty(usual, entry_point) -> None:
     """Ledger L8: a huge penalty does not show in eval_loss."""
     folder, flags = METHODS["svd-lora"]
     no_step = ["--learning_rate", "0", "--max_steps", "1", "--do_eval", "--overwrite_output_dir"]
@@ -235,14 +235,14 @@ def test_what_is_refused_removes_no_earlier_run(usual, entry_point, tmp_path) ->
         (["--do_train", "False", "--do_eval"], "neither --do_train nor --lora_path is given"),
     ],
 )
-def test_flags_without_effect_are_said(flags: list[str], said: str, usual, entry_point, caplog) -> None:
+def test_flags_without_effect_are_reported(flags: list[str], said: str, usual, entry_point, caplog) -> None:
     with caplog.at_level(logging.INFO, logger="loralib"):
         entry_point("AdaLoRA").main([*usual, *flags])
     assert said in caplog.text
 
 
 def test_mask_resample_epoch_draws_once_an_epoch(usual, entry_point, monkeypatch) -> None:
-    """Ledger R3: keyed on the number of completed epochs; 64 rows are 8 steps an epoch."""
+    """Ledger R3: keyed on the number of completed epochs; 64 rows are 8 steps per epoch."""
     from loralib.masking import RandomMask
 
     keys = []

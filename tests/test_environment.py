@@ -72,7 +72,7 @@ def test_caches_that_cannot_be_written_to(
             flags(tiny_model_dir, mrpc_dir, tmp_path / "out", *LORA, "--do_eval", "--do_predict")
         )
     said = [record.getMessage() for record in caplog.records if "cannot be written to (" in record.getMessage()]
-    assert len(said) == 3 and all("set HF_HOME to a folder of yours to keep it" in line for line in said)
+    assert len(said) == 3 and all("set HF_HOME to your own folder to keep it" in line for line in said)
     assert 0 <= metrics["eval_accuracy"] <= 1
     assert list(Path().iterdir()) == [] and not (tmp_path / "nowhere").exists()
 
@@ -191,7 +191,7 @@ def test_flags_that_a_launcher_stands_for(tmp_path: Path, monkeypatch: pytest.Mo
         ({"DYNAMO_BACKEND": "BOGUS"}, "", "torch_compile_backend is 'bogus', it must be one of"),
         ({"DYNAMO_BACKEND": "EAGER", "DYNAMO_USE_FULLGRAPH": "True"}, "", "--dynamo_use_fullgraph, which is not"),
         ({"DYNAMO_USE_DYNAMIC": "True"}, "--torch_compile", "--dynamo_use_dynamic, which is not"),
-        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "--gradient_accumulation_steps 2", "the Trainer reads the flag alone"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "--gradient_accumulation_steps 2", "the Trainer reads only the flag"),
     ],
 )
 def test_what_a_launcher_may_not_ask_for(

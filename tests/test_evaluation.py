@@ -1,4 +1,4 @@
-"""What is looked at whenever a run evaluates: ranks and spectrum in history and TensorBoard, and the held-out half."""
+"""What each evaluation adds: ranks and spectrum in history and TensorBoard, and the scores of the held-out half."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def load(path: str) -> ModuleType:
     """A file as a module."""
-    name = "watched_" + path.replace("/", "_").replace("-", "_").removesuffix(".py")
+    name = "loaded_" + path.replace("/", "_").replace("-", "_").removesuffix(".py")
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -49,7 +49,7 @@ def test_halves_are_disjoint_complete_and_fixed_by_the_seed(rows: int) -> None:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, not pre-trained, and 48 rows for it."""
-    folder = tmp_path_factory.mktemp("watch")
+    folder = tmp_path_factory.mktemp("evaluated")
     embedded = load("scripts/embedded.py")
     embedded.build_data(folder / "mrpc", train=48, validation=31, test=2)
     embedded.build_model(folder / "model", steps=0)

@@ -87,7 +87,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["svd-lora", "adalora", "sora", "rm-lora-v2"])
-def test_the_watch_reads_nothing_between_logs(method: str, tmp_path: Path) -> None:
+def test_guards_do_not_read_the_device_between_logs(method: str, tmp_path: Path) -> None:
     run = make(method, tmp_path, save_strategy="no", logging_steps=100, max_steps=6)
     seen = []
 
@@ -177,7 +177,7 @@ def test_auto_find_batch_size_starts_over(method: str, tmp_path: Path) -> None:
         assert found.method_state["allocator"].total_step == found.state.global_step == 12
 
 
-def test_a_checkpoint_that_fits_no_more_is_said(tmp_path: Path) -> None:
+def test_a_lack_of_memory_after_a_resume_is_reported(tmp_path: Path) -> None:
     make("lora", tmp_path, auto_find_batch_size=True).train()
     run = make("lora", tmp_path, auto_find_batch_size=True)
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_fits_no_more_is_said(tmp_path: Path) -> None:
     ("rows", "changes", "steps"),
     [
         (24, {"max_steps": 5}, 5),
-        (24, {"num_train_epochs": 1.5}, 9),  # six steps an epoch
+        (24, {"num_train_epochs": 1.5}, 9),  # six steps per epoch
         (24, {"num_train_epochs": 0.4}, 3),  # 2.4, rounded up
         (3, {"num_train_epochs": 2}, 2),  # fewer rows than a batch
         (1, {"num_train_epochs": 1}, 1),
@@ -278,7 +278,7 @@ def test_the_real_writers_fail_with_a_sentence(usual: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("full", [Exception, SafetensorError, RuntimeError], ids=lambda e: e.__name__)
-def test_a_disk_that_is_full_at_the_end_is_said(
+def test_a_disk_that_is_full_at_the_end_is_reported(
     full: type[Exception], usual: list[str], entry_point, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writers of the last files have exceptions of their own; tokenizers' is plain Exception."""
@@ -438,7 +438,7 @@ def test_the_second_run_in_a_folder_is_refused_until_the_first_is_gone(usual, en
 
 
 def test_what_a_run_leaves_that_was_killed_before_its_first_checkpoint(usual, entry_point, tmp_path: Path) -> None:
-    """TensorBoard files, a lock, half a checkpoint: the same command starts anew. Anything else is refused."""
+    """TensorBoard files, a lock, half a checkpoint: the same command starts over. Anything else is refused."""
     folder = tmp_path / "run"
     (folder / "runs").mkdir(parents=True)
     (folder / ".lock").write_text("process 1 on nowhere\n")

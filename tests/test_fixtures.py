@@ -25,7 +25,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """All logs, and the curve over stages, without what hangs on the clock."""
+    """All logs, and the curve over stages, without what depends on the clock."""
     logs = record["history"] + [stage["metrics"] | {"steps": stage["steps"]} for stage in record.get("stages", [])]
     return [{k: v for k, v in log.items() if not k.endswith(("_runtime", "_per_second"))} for log in logs]
 

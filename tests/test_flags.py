@@ -96,7 +96,7 @@ def test_every_spelling_parses_to_the_same(flags: dict[str, Any], tmp_path: Path
     flags = {k: v for k, v in flags.items() if not (k == "pad_to_max_length" and flags.get("padding"))}
     if flags.get("lr_scheduler_kwargs"):
         flags = MIN_LR | flags
-    typed = {k: v for k, v in flags.items() if v is not None}  # null stands in files alone
+    typed = {k: v for k, v in flags.items() if v is not None}  # null stands only in files
 
     def argv(name_of: Callable[[str], str], joined: bool) -> list[str]:
         found: list[str] = words(USUAL)
@@ -320,14 +320,14 @@ def test_refused_in_json(text: str, said: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("--seed 1 run.yaml", "run.yaml stands behind flags: a file of flags comes first"),
+        ("--seed 1 run.yaml", "run.yaml must come before the flags; flags after it override it"),
         ("stray --seed 1", "stray is not a flag of this program"),
         ("--tok=hf_abc", "Ambiguous option: --tok could match"),
         ("--hub_tokn=hf_abc", "--hub_tokn is not a flag of this program: did you mean --hub_token"),
         ("--train_batch_size 8", "did you mean --per_device_train_batch_size"),
         ("--lora_target_modules query", "is not a flag of this program: .*--lora_module"),
         ("--optm_target_modules query", "--help lists all flags"),  # that flag is refused
-        ("--cls_dropout 1e30", "cls_dropout is 1e\\+30, it must lie in 0 to 1"),
+        ("--cls_dropout 1e30", "cls_dropout is 1e\\+30, it must be at least 0 and below 1"),
         ("--output_dir=", "--output_dir is missing"),
         ("--eval_accumulation_steps 0", "eval_accumulation_steps is 0, it must be 1 or more"),
         ("--apply_lora --lora_alpha 8 --lora_r 1000000000000", "lora_r is 1000000000000, it must be at most"),
@@ -350,7 +350,7 @@ def test_refused_on_the_command_line(argv: str, said: str) -> None:
         ("--output_dir o", "^--model_name_or_path is missing: "),
         ("--output_dir o --model_nme_or_path m", "--model_nme_or_path is not a flag .*--model_name_or_path"),
         ("--output_dir o --use_auth_token True", "--use_auth_token is not a flag any more: give --token"),
-        ("--output_dir o run.yaml", "run.yaml stands behind flags"),
+        ("--output_dir o run.yaml", "run.yaml must come before the flags"),
     ],
 )
 def test_a_flag_that_is_misspelt_is_named_where_one_that_is_needed_is_missing(argv: str, said: str) -> None:

@@ -112,7 +112,7 @@ def test_constant_predictions_and_one_class_are_numbers_and_no_warnings(task, ro
     assert all(value == 0.0 for value in got.values())  # correlations, and f1 without a hit
 
 
-def test_undefined_scores_are_said(caplog):
+def test_undefined_scores_are_reported(caplog):
     compute_metrics(GLUE["stsb"])(EvalPrediction(np.zeros((3, 1)), np.arange(3.0)))
     compute_metrics(GLUE["mrpc"])(EvalPrediction(one_hot([0, 0], 2), np.zeros(2, int)))
     assert "pearson is undefined" in caplog.text and "f1 is undefined" in caplog.text
@@ -123,7 +123,7 @@ def test_a_class_without_rows_and_predictions_is_left_out_of_the_average_and_nam
     f1 = {"a": 2 * 2 / (2 + 3), "b": 0.0, "c": 2 * 1 / (2 + 1)}
     assert {k: got[f"f1_{k}"] for k in "abc"} == pytest.approx(f1)
     assert got["f1_macro"] == pytest.approx((f1["a"] + f1["c"]) / 2)
-    assert "no row and no prediction is of the class 'b'" in caplog.text
+    assert "class 'b' has neither rows nor predictions" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_classes_have_different_names_that_tensorboard_takes(names, words):
     assert not any(re.search(r"[^-/\w.]", name) or name.endswith("loss") for name in got)
 
 
-def test_nan_outputs_are_no_predictions():
+def test_nan_outputs_are_refused():
     outputs = one_hot([0, 1, 1], 2)
     outputs[1, 0] = float("nan")
     with pytest.raises(InputError, match="NaN in 1 of 3 rows"):

@@ -82,7 +82,7 @@ def test_empty_texts(tmp_path, text):
     refused("validation", "row 4", "sentence2", dataset_name=folder, do_eval=True)
 
 
-def test_empty_questions_are_kept_in_qqp_alone(tmp_path):
+def test_empty_questions_are_kept_only_in_qqp(tmp_path):
     rows = [{"question1": "", "question2": "b", "label": 0}]
     loaded = load(dataset_name=folder_of(tmp_path / "qqp", train=rows), do_train=True)
     assert list(loaded.train["question1"]) == [""]
@@ -193,14 +193,14 @@ def test_generic_tasks(tmp_path, suffix, rows, texts, names, labels):
     assert loaded.task.num_labels == (1 if names is None else 2)
 
 
-def test_one_class_or_none_is_no_task(tmp_path):
-    refused("one label same", dataset_name=folder_of(tmp_path / "x", train=[{"text": "a", "label": "same"}]))
+def test_a_table_with_fewer_than_two_classes_is_refused(tmp_path):
+    refused("only one label, same", dataset_name=folder_of(tmp_path / "x", train=[{"text": "a", "label": "same"}]))
     folder = folder_of(tmp_path / "x", train=[{"text": "a", "label": -1}])
     refused("'-1'", "--unlabelled drop", "--label_type classes", dataset_name=folder)
     refused("no label in any of its 1 rows", dataset_name=folder, unlabelled="drop")
 
 
-def test_an_unlabelled_test_file_alone_has_no_classes(tmp_path):
+def test_an_unlabelled_test_file_without_training_data_is_refused(tmp_path):
     (tmp_path / "test.csv").write_text("sentence\nfine\nnot so\n")
     refused(
         "no column `label`", "give train_file", test_file=str(tmp_path / "test.csv"), do_train=False, do_predict=True
@@ -290,13 +290,13 @@ def test_tokens_are_model_inputs_and_label_only(tmp_path, pad, caplog):
 
 
 @pytest.mark.parametrize("limit", [0, -1, None, "512", True, float("nan")])
-def test_a_limit_of_the_tokenizer_that_is_no_number_of_tokens_is_refused(limit):
+def test_a_limit_of_the_tokenizer_that_is_not_a_number_of_tokens_is_refused(limit):
     with pytest.raises(InputError, match="model_max_length is .* it must be a number of tokens"):
         row_length(128, GLUE["mrpc"], Words(limit), nn.Identity())
 
 
 @pytest.mark.parametrize("limit", [10**30, 1e30, float("inf"), 512.0])
-def test_no_limit_is_written_in_many_ways(limit, caplog):
+def test_very_large_tokenizer_limits_mean_no_limit(limit, caplog):
     assert row_length(128, GLUE["mrpc"], Words(limit), nn.Identity()) == 128
     assert not caplog.text
     with pytest.raises(InputError, match="max_seq_length is 2, reduced from 128, but must be above 3"):

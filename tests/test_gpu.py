@@ -1,4 +1,4 @@
-"""What a CUDA device alone can show: fp16 with its scaler, bf16, exact resume, waiting, nccl, several replicas.
+"""What only a CUDA device can show: fp16 with its scaler, bf16, exact resume, waiting, nccl, several replicas.
 
     python -m pytest -m gpu tests/test_gpu.py
 
@@ -197,7 +197,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
 
 @pytest.mark.parametrize(("backend", "size"), [("nccl", 1), ("nccl", 2), ("gloo", 2)])
 def test_processes_equal_one(backend: str, size: int, alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
-    """20 steps in float64. nccl takes one process a GPU, so with one GPU its second process is left out."""
+    """20 steps in float64. nccl takes one process per GPU, so with one GPU its second process is left out."""
     if backend == "nccl":
         size = min(size, torch.cuda.device_count())
     with socket.socket() as free:

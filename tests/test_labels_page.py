@@ -110,7 +110,7 @@ def test_the_programs_agree(
 
 
 def test_an_export_has_the_tokenizer_of_its_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """From a config alone transformers makes an empty tokenizer, without a word."""
+    """From only a config, transformers makes an empty tokenizer, without a word."""
     base = make_base(tmp_path / "base", "bert")
     make_run(tmp_path / "run", base)
     own = AutoTokenizer.from_pretrained(base)

@@ -97,7 +97,7 @@ def test_large_products_of_frozen_weights_take_onednn_without_a_graph_break() ->
         return graph
 
     torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-5)
-    # inductor fails on it where the weight is no constant
+    # inductor fails on it where the weight is not a constant
     assert targets and not any("_linear_pointwise" in target for target in targets)
 
 
@@ -127,7 +127,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_dropout_is_on_the_low_rank_path_alone(kind: type[LoRALinear]) -> None:
+def test_dropout_is_only_on_the_low_rank_path(kind: type[LoRALinear]) -> None:
     layer = make(kind)
     layer.lora_dropout = 0.5
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)

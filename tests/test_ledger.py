@@ -157,7 +157,7 @@ def test_published_parameter_counts(r: int, published: float) -> None:
     assert counts["trainable"] == counts["lora"] + counts["head"]
 
 
-def test_several_gpus_in_one_process_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_several_gpus_in_one_process_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """D4: the warning names the effective batch and torchrun."""
     trainer = _trainer(Classifier(), _rows(8), tmp_path, {"per_device_train_batch_size": 32})
     trainer.args._n_gpu = 4

@@ -265,7 +265,7 @@ class HalfUsed(nn.Module):
 
 @pytest.mark.parametrize("kind", ["lora", "adalora", "sora", "v1", "v2"])
 def test_a_layer_that_is_not_used_is_left_alone(kind: str, tmp_path: Path) -> None:
-    """Without a gradient nothing is masked, and importance is 0; the penalty alone moves its factors."""
+    """Without a gradient nothing is masked, and importance is 0; only the penalty moves its factors."""
     chosen: dict[str, Any] = {"r": R, "lora_alpha": ALPHA}
     for penalty in (0.0, 0.1):
         model = HalfUsed()
@@ -295,7 +295,7 @@ def test_a_quantised_layer_is_sent_to_peft() -> None:
         lora(model, ["all-linear"], r=2, lora_alpha=2)
 
 
-def test_what_a_trainer_lacks_is_said(tmp_path: Path) -> None:
+def test_what_a_trainer_lacks_is_reported(tmp_path: Path) -> None:
     method = put_in("v1", bert(), 0.3)
     with pytest.raises(InputError, match="rm-lora-v1 has a penalty.*WithPenalty"):
         Trainer(callbacks=[MethodCallback(method)], **parts(method.model, tmp_path)).train()
@@ -409,7 +409,7 @@ def refused(**changes: Any) -> Any:
         (lambda: lora(refused(), ["query"], r=2, lora_alpha=2), "PEFT has adapted the model already"),
     ],
 )
-def test_what_peft_models_cannot_have_is_said(make: Any, message: str) -> None:
+def test_settings_that_peft_models_cannot_have_are_refused(make: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
 

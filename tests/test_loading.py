@@ -79,7 +79,7 @@ def test_pefts_own_folder_loads(base: Path, tmp_path: Path) -> None:
     stated = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(stated | {"base_model_name_or_path": str(base)}))
     model, _ = load(tmp_path)
-    # the pooler is no part of PEFT's head: it is the base model's, and this base was saved with one
+    # the pooler is not part of PEFT's head: it is the base model's, and this base was saved with one
     torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
     assert logits(model).shape == (3, 5) and sorted({m.r for _, m in adapted_layers(model)}) == [2, 4]
 
@@ -171,7 +171,7 @@ def test_a_runs_own_predictions(entry_point: Any, tiny_model_dir: Path, mrpc_dir
 
 
 def test_a_whole_model_with_adapted_layers_is_not_taken_for_a_plain_one(base: Path, tmp_path: Path) -> None:
-    """What a stock Trainer saves; from_pretrained alone would drop the factors."""
+    """What a stock Trainer saves; from_pretrained by itself would drop the factors."""
     make_run(tmp_path / "run", base).save_pretrained(tmp_path / "stock")
     with pytest.raises(InputError, match="a whole model with adapted layers .*save it by save_adapter or merge"):
         load(tmp_path / "stock")
@@ -194,7 +194,7 @@ def test_a_whole_model_with_adapted_layers_is_not_taken_for_a_plain_one(base: Pa
         (lambda run, base: predict(run, [("a", "b", "c")]), "text 0 is"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(change: Any, message: str, base: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_loaded_are_refused(change: Any, message: str, base: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "run", base)
     with pytest.raises(InputError, match=message):
         change(tmp_path / "runs" / "run", base)

@@ -32,7 +32,7 @@ def test_mask_keeps_random_rank_directions(version: str) -> None:
     assert len(seen) == 1 if version == "v1" else len(seen) > 1
 
 
-def test_mask_depends_on_seed_and_key_alone() -> None:
+def test_mask_depends_only_on_seed_and_key() -> None:
     """Ledger R5: the same for the same (seed, step), whatever was drawn before and whatever torch's generator did."""
     model = Model(LoRALinear)
     one, two = RandomMask(model, 2, "v2", seed=3), RandomMask(model, 2, "v2", seed=3)
@@ -85,6 +85,6 @@ def test_mask_of_factors_from_elsewhere() -> None:
     ("random_rank", "version", "said"),
     [(0, "v1", "between 1 and 4"), (5, "v1", "between 1 and 4"), (2, "v3", "v1 or v2")],
 )
-def test_mask_refuses(random_rank: int, version: str, said: str) -> None:
+def test_a_random_rank_or_version_outside_its_range_is_refused(random_rank: int, version: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         RandomMask(Model(LoRALinear), random_rank, version, seed=0)

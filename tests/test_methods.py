@@ -138,7 +138,7 @@ def test_a_method_adapts_a_model_or_takes_what_is_adapted() -> None:
         alone.optimizer(0.1)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_settings_that_contradict_the_model_are_refused() -> None:
     model = Model(LoRALinear)
     refused: list[tuple[Any, str]] = [
         (lambda: lora(nn.Linear(3, 3)), "Linear has no adapted layer"),

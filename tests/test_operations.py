@@ -135,7 +135,7 @@ def test_operations_of_one_step(method: str, tmp_path: Path, monkeypatch: pytest
     counts = count(method, tmp_path, monkeypatch)
     print(f"{method}: {sum(counts.values())} operations, goal {GOAL[method]}")
     assert 1000 < sum(counts.values()) <= GOAL[method], counts.most_common()
-    # Nothing asks the device for a number: a step that is not logged never waits. No constant is made anew.
+    # Nothing asks the device for a number: a step that is not logged never waits. No constant is made again.
     unwanted = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.eye"}
     assert not unwanted & {name.rpartition(".")[0] for name in counts}
 

@@ -124,7 +124,7 @@ def test_the_file_of_flags_stays(place: Path, entry_point: Any) -> None:
 
 
 def test_neighbours_are_free(place: Path) -> None:
-    """A folder beside an input, a table in the working folder, and names of the hub are no reason to refuse."""
+    """A folder beside an input, a table in the working folder, and names of the hub are not a reason to refuse."""
     (place / "models").mkdir()
     (place / "out").mkdir()
 

@@ -176,7 +176,7 @@ def test_the_scaled_penalty_counts_as_without_a_scaler(tmp_path: Path, monkeypat
         assert (a - b).abs().max() < 1e-9, name
 
 
-def test_fp16_on_the_cpu_is_said_to_be_float32(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fp16_on_the_cpu_is_reported_as_float32(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="loralib"):
         run = runs.trainer("lora", runs.arguments(tmp_path, fp16=True, **STEPS), TRAIN)
     assert "--fp16 has no effect on the CPU" in caplog.text

@@ -64,7 +64,7 @@ def test_labels_that_cannot_be_used_are_left_out(
     (header, *rows), found = results(tmp_path / "out", "classification")
     assert header == ["index", "prediction"] and len(rows) == 9 == found["predict_samples"]
     assert not {"predict_loss", "predict_accuracy"} & found.keys()
-    assert "without labels that can be used, 9 rows are predicted alone" in caplog.text
+    assert "the test split has no usable labels: predictions of 9 rows only, no metrics" in caplog.text
 
 
 def test_predictions_of_a_regression_on_a_small_scale(

@@ -123,7 +123,7 @@ def test_nothing_is_computed_for_frozen_factors() -> None:
 
 
 class Own(SVDLinear):
-    """A diagonal that hangs on what the forward was given."""
+    """A diagonal that depends on the input of the forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = x.detach().float().mean()
@@ -134,7 +134,7 @@ class Own(SVDLinear):
 
 
 class Computed(GatedLinear):
-    """A diagonal that is computed, from parameters alone."""
+    """A diagonal that is computed only from parameters."""
 
     def diagonal(self) -> Tensor:
         return torch.sigmoid(self.lora_gate).view(-1)
@@ -200,7 +200,7 @@ def test_a_forward_hook_may_change_factors(place: str, dtype: torch.dtype | None
         assert same(step(model, dtype), step(plain, dtype))
 
 
-def test_a_layer_with_a_forward_of_its_own_is_left_alone() -> None:
+def test_a_layer_with_its_own_forward_is_left_alone() -> None:
     model = deberta(LoRALinear)
     for each in (model, plain := without(model)):
         dense = each.deberta.encoder.layer[1].output.dense

@@ -145,7 +145,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     resumed.train(str(out / "watched" / "checkpoint-8"))
     found["resumed"] = runs.differences(runs.result(straight), runs.result(resumed))
     found["written"] = written
-    # SIGTERM reaches the second process alone, then a loss is NaN there alone: both end together
+    # only the second process gets SIGTERM, then only it has a NaN loss: both end together
     stopped = make(EXACT["lora"], out / "stopped", 2)
     if rank == 1:
         stopped.add_callback(Terminate())
@@ -232,7 +232,7 @@ def test_every_row_once_an_epoch(strategy: str, two: Any) -> None:
 
 
 def test_grouping_puts_like_lengths_together() -> None:
-    """And draws from seed and epoch alone, whatever the global generator does."""
+    """It draws only from seed and epoch, whatever the global generator does."""
     draw = random.Random(0)
     lengths = [draw.randrange(5, 100) for _ in range(640)]
 
@@ -258,7 +258,7 @@ def test_evaluation_gathers_every_row_once_in_order(two: Any) -> None:
 
 
 def test_only_the_first_process_writes(two: Any) -> None:
-    """The second writes its random state alone, which torch does outside of Python."""
+    """The second writes only its random state, which torch does outside of Python."""
     folder, (first, second) = two
     assert any("adapter.safetensors" in name for name in first["written"])
     assert [w for w in second["written"] if not w.startswith("os.mkdir checkpoint-")] == []

@@ -1,6 +1,6 @@
-"""The command that a message promises is run, after each way in which a run ends early; and what a folder may hold.
+"""After each kind of early end, runs the command that the message recommends. Also: which folders are accepted.
 
-Every end is held against a run that nothing disturbed, bit for bit.
+Every result is compared bit for bit with that of an undisturbed run.
 """
 
 import json
@@ -53,7 +53,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def same(folder: Path, other: Path) -> None:
-    """Both are finished, with equal adapters and losses, and nothing says that they are not."""
+    """Both are finished, with equal adapters and losses, and neither folder is marked as unfinished."""
     a, b = (load_file(f / "adapter.safetensors") for f in (folder, other))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert losses(folder) == losses(other)
@@ -128,10 +128,10 @@ def slow(entry: str, argv: list[str], log: str) -> None:
 
 
 ADVICE = {
-    "disk": "the same command starts anew",
+    "disk": "the same command starts over",
     "final save": "",
     "kill": "",
-    "interrupt": "the same command goes on from the last checkpoint, or starts anew where there is none",
+    "interrupt": "The same command goes on from the last checkpoint, or starts over if there is none",
     "term": "the same command goes on from the last good checkpoint",
 }
 
@@ -156,7 +156,7 @@ def test_the_same_command_after_an_early_end(
 def test_flags_that_would_lose_the_last_checkpoint_are_to_be_left_out(
     flags: list[str], usual: list[str], straight: Path, entry_point: Any, tmp_path: Path
 ) -> None:
-    """The command with --overwrite_output_dir starts anew, the one that names a checkpoint goes back to that."""
+    """The command with --overwrite_output_dir starts over, the one that names a checkpoint goes back to that."""
     folder = tmp_path / "run"
     argv = [*usual, f"--output_dir={folder}"]
     if flags == ["--resume_from_checkpoint"]:
@@ -170,7 +170,7 @@ def test_flags_that_would_lose_the_last_checkpoint_are_to_be_left_out(
     assert advice in text, text[-2000:]
     step = text.partition(advice)[2].split(".")[0]
     entry_point("AdaLoRA").main(argv)
-    assert (folder / f"checkpoint-{step}").is_dir()  # which a run that starts anew removes
+    assert (folder / f"checkpoint-{step}").is_dir()  # which a run that starts over removes
     same(folder, straight)
 
 
@@ -204,11 +204,11 @@ def no_events(entry: str, argv: list[str], log: str) -> None:
 
 
 def test_what_a_diverged_run_says(usual: list[str], entry_point: Any, tmp_path: Path) -> None:
-    """Without a checkpoint the command with a lower learning rate is enough; with one the flag that is named clears."""
+    """Without a checkpoint, a lower learning rate is enough; with one, the flag in the message clears the folder."""
     argv = [*usual, f"--output_dir={tmp_path / 'run'}", "--max_grad_norm=0"]
     entry_point("AdaLoRA").main([*argv, f"--output_dir={tmp_path / 'straight'}"])
     for save, flag in (("no", []), ("steps", ["--overwrite_output_dir"])):
-        with pytest.raises(RunDiverged, match="start anew with --overwrite_output_dir and a lower --learning_rate"):
+        with pytest.raises(RunDiverged, match="start over with --overwrite_output_dir and a lower --learning_rate"):
             entry_point("AdaLoRA").main([*argv, f"--save_strategy={save}", "--save_steps=1", "--learning_rate=1e30"])
         assert record(tmp_path / "run")["status"] == "diverged"
         entry_point("AdaLoRA").main([*argv, *flag])
@@ -288,7 +288,9 @@ def test_a_lock_file_that_is_a_link_is_refused(name: str, usual: list[str], entr
         assert target.read_text() == "dear diary"
 
 
-def test_a_worker_that_is_killed_is_said(usual: list[str], straight: Path, entry_point: Any, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_reported(
+    usual: list[str], straight: Path, entry_point: Any, tmp_path: Path
+) -> None:
     argv = [*usual, f"--output_dir={tmp_path / 'run'}", "--dataloader_num_workers=1"]
     assert runs.finished(runs.start(kill_worker, "AdaLoRA", argv, str(tmp_path / "log"))) == 3
     text = (tmp_path / "log").read_text()

@@ -1,4 +1,4 @@
-"""The core imports torch alone, and each method trains in a plain loop there."""
+"""The core imports only torch, and each method trains in a plain loop there."""
 
 import subprocess
 import sys
@@ -62,7 +62,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_every_method_trains_where_there_is_torch_alone() -> None:
+def test_every_method_trains_with_only_torch() -> None:
     imports = "".join(f"import loralib.{name}\n" for name in CORE)
     done = run(imports + LOOP)
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ REFUSED = [
     ("AdaLoRA", {"lora_r": None}, "--apply_lora needs --lora_r"),
     ("AdaLoRA", {"lora_alpha": None}, "--apply_lora needs --lora_alpha"),
     ("AdaLoRA", {"lora_alpha": 0}, "lora_alpha is 0.0, it must be above 0"),
-    ("AdaLoRA", {"lora_dropout": 1.0}, "lora_dropout is 1.0, it must lie in 0 to 1"),
+    ("AdaLoRA", {"lora_dropout": 1.0}, "lora_dropout is 1.0, it must be at least 0 and below 1"),
     ("AdaLoRA", {"cls_dropout": -1}, "cls_dropout is -1.0"),
     ("RM-LoRA", {"lora_type": "v1"}, "random_rank is None, it must lie in 1 to 4"),
     ("RM-LoRA", RM | {"random_rank": 0}, "random_rank is 0, it must lie in 1 to 4"),
@@ -94,7 +94,7 @@ REFUSED = [
     ("AdaLoRA", {"do_train": False}, "nothing to do: give --do_train, --do_eval or --do_predict"),
     ("AdaLoRA", {"weight_decay": -1}, "weight_decay is -1.0, it must be 0 or more"),
     ("AdaLoRA", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs is 0.0, it must be above 0"),
-    ("AdaLoRA", {"adam_beta2": 1}, "adam_beta2 is 1.0, it must lie in 0 to 1"),
+    ("AdaLoRA", {"adam_beta2": 1}, "adam_beta2 is 1.0, it must be at least 0 and below 1"),
     ("AdaLoRA", {"torch_compile_mode": "fast"}, "torch_compile_mode is 'fast', it must be one of .*reduce-overhead"),
     ("AdaLoRA", {"torch_compile_backend": "gcc"}, "torch_compile_backend is 'gcc', it must be one of .*inductor"),
     ("AdaLoRA", {"seed": -1}, "seed is -1, it must lie in 0 to 4294967295"),
@@ -120,7 +120,7 @@ def test_processes_that_would_train_apart_are_refused(usual, entry_point, monkey
     """torchrun on a machine with fewer GPUs than processes, without --use_cpu: each would be a world of its own."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(InputError, match="torchrun started 2 processes and each would train alone.*--use_cpu"):
+    with pytest.raises(InputError, match="torchrun started 2 processes and each would train by itself.*--use_cpu"):
         entry_point("AdaLoRA").main(argv(usual))
 
 
@@ -374,4 +374,7 @@ def test_ctrl_c_is_one_sentence(capsys) -> None:
         command(main)
     assert stopped.value.code == 130
     text = capsys.readouterr().err
-    assert "stopped by Ctrl-C; the same command goes on" in text and text.count("\n") == 1
+    assert (
+        "The same command goes on from the last checkpoint, or starts over if there is none." in text
+        and text.count("\n") == 1
+    )

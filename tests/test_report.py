@@ -84,7 +84,7 @@ def make_run(
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that look at tables alone."""
+    """For tests that look only at tables."""
     monkeypatch.setattr(page, "draw", lambda *_: ({}, []))
 
 
@@ -135,7 +135,7 @@ def test_paired_interval_is_scipys() -> None:
     n, mean, half = comparison.paired(dict(enumerate(ours)) | {9: 100.0}, dict(enumerate(theirs)))
     interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert n == 6 and (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
-    assert comparison.verdict(2, 5.0, float("inf")) == "too small to tell (n = 2)"
+    assert comparison.verdict(2, 5.0, float("inf")) == "too few pairs to tell (n = 2)"
     assert [comparison.verdict(5, m, 1.0) for m in (-2, 0.5, 2)] == ["lower", "no difference seen", "higher"]
 
 
@@ -172,7 +172,8 @@ def test_the_band_is_the_deviation_over_all_subsets(scores: list[float], error: 
 def test_expected_best_is_the_mean_over_all_subsets(scores: list[float], error: bool) -> None:
     best = min if error else max
     expected = [statistics.fmean(best(s) for s in itertools.combinations(scores, k)) for k in range(1, len(scores) + 1)]
-    assert tuning.expected_best(scores, "mse" if error else "accuracy") == pytest.approx(expected)
+    found = [mean for mean, _ in tuning.best_of_trials(scores, "mse" if error else "accuracy")]
+    assert found == pytest.approx(expected)
 
 
 def test_published_rows_average_as_the_papers_say() -> None:
@@ -211,7 +212,7 @@ def test_table_holds_mean_deviation_and_every_run(tmp_path: Path) -> None:
         assert expected in text
     difference = np.subtract(last["adalora"], last["lora"])
     assert f"| rte, adalora | 3 | {difference.mean():+.2f} |" in text
-    assert "| rte, lora-orth | 1 |" in text and "too small to tell (n = 1)" in text
+    assert "| rte, lora-orth | 1 |" in text and "too few pairs to tell (n = 1)" in text
     listed = text[text.index("## Runs that do not count") :]
     assert "`rte/sora/seed4`: sora on rte, seed 4: diverged" in listed
     assert "`rte/sora/seed5`: its results file is cut short" in listed
@@ -236,7 +237,7 @@ def test_selection_last_best_and_heldout(tmp_path: Path) -> None:
         text = text_of(tmp_path, "--selection", selection)
         assert f"| lora | {expected} (n=1) |" in text and f"Selection: **{selection}**" in text
     make_run(tmp_path / "b", "lora", seed=2, history=[])
-    assert "1 runs hold nothing for this selection" in text_of(tmp_path, "--selection", "heldout")
+    assert "1 runs have no evaluation for this selection" in text_of(tmp_path, "--selection", "heldout")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -275,9 +276,9 @@ def test_adalora_is_judged_at_its_target_budget(tmp_path: Path) -> None:
     allocated(tmp_path / "a", [0.9, 0.8, 0.6, 0.5], [96, 96, 24, 24])
     for selection, score in (("best", "60.00"), ("heldout", "70.00")):
         text = text_of(tmp_path, "--selection", selection)
-        assert f"| adalora | {score} (n=1) |" in text and "at the target budget alone" in text
+        assert f"| adalora | {score} (n=1) |" in text and "the choice is among evaluations at the target budget" in text
         assert f"| {64 * 24:,} |" in text and "over budget" not in text
-    assert "at the target budget alone" not in text_of(tmp_path)
+    assert "the choice is among evaluations" not in text_of(tmp_path)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -285,10 +286,14 @@ def test_adalora_without_an_evaluation_at_its_target_is_over_budget(tmp_path: Pa
     allocated(tmp_path / "a", [0.9, 0.8], [96, 90])
     said = "rte, adalora, seed 1: {} singular values, target 24"
     text = text_of(tmp_path, "--selection", "best")
-    assert said.format(96) in text and "no evaluation is at the target" in text and "| adalora | 90.00 (n=1) |" in text
+    assert (
+        said.format(96) in text
+        and "none of their evaluations was at the target" in text
+        and "| adalora | 90.00 (n=1) |" in text
+    )
     assert f"| {64 * 96:,} |" in text
     text = text_of(tmp_path)
-    assert "1 run(s) is over budget**: " + said.format(90) in text
+    assert "1 run(s) are reported over budget**: " + said.format(90) in text
 
 
 def test_a_record_without_the_target_has_it_from_its_flags(tmp_path: Path) -> None:
@@ -313,7 +318,7 @@ def test_scores_of_one_answer_for_every_row_are_named(tmp_path: Path) -> None:
     text = text_of(tmp_path)
     assert "| lora | 0.00 ± 0.00 (n=2, as one class) | 75.00 (n=1, as one class) |" in text
     assert "| sora | 50.00 ± 70.71 (n=2) | - |" in text
-    assert "could show: cola, lora, seed 1, 2; cola, sora, seed 1; rte, lora, seed 1." in text
+    assert "what one class for every row scores: cola, lora, seed 1, 2; cola, sora, seed 1; rte, lora, seed 1." in text
     assert "as one class" not in text_of(tmp_path, "--selection", "heldout")
 
 
@@ -328,13 +333,13 @@ def test_costs_are_means_over_all_processes_and_leave_the_head_out(tmp_path: Pat
     factors = f"{run['parameters']['lora']:,}"
     assert f"| rte, lora | 2 | {factors} | {factors} | 1,000 | 780 | 200 | 1,500 | 250 | 0.11 |" in text
     assert "| rte, full | 1 | 183,407,870 | - | 592,130 | 780 | 101 | - | - | 0.03 |" in text
-    assert "the most memory in use, tensors on the fullest GPU of the first process;" in text
+    assert "the most memory in use, tensors on the fullest GPU of the first process." in text
     with open(tmp_path / "report.csv") as file:
         assert [line["seconds"] for line in csv.DictReader(file)] == ["101", "299", "102"]
 
 
 def test_parameters_that_remain_of_other_libraries_are_not_known(tmp_path: Path) -> None:
-    """PEFT's layers are none of this project's: their ranks are not counted, which is not 0; 0 of all gates is."""
+    """Unknown ranks (PEFT's layers) are shown as unknown; if all gates are 0, the number is 0."""
     counts = {"trainable": 3000, "lora": 2000, "head": 1000, "remaining": 0, "modules": {}}
     assert Run(tmp_path, {"parameters": counts}).remaining("last") is None
     pruned = counts | {"modules": {"a": {"rank": 0}, "b": {"rank": 0}}}
@@ -344,7 +349,7 @@ def test_parameters_that_remain_of_other_libraries_are_not_known(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_mismatched_half_is_no_better_evaluation(tmp_path: Path) -> None:
+def test_the_mismatched_half_is_never_chosen_as_the_best_evaluation(tmp_path: Path) -> None:
     """The final evaluation of MNLI logs its mismatched half under the matched half's names."""
     run = make_run(tmp_path / "a", "lora", task="mnli", accuracies=[0.5, 0.6])
     run["history"].append({"eval_accuracy": 0.9, "epoch": 2.0, "step": 156})
@@ -366,13 +371,13 @@ def test_grid_is_named_by_what_differs_and_compared_at_equal_budget(tmp_path: Pa
 
 @pytest.mark.usefixtures("no_figures")
 def test_arms_of_one_method_are_told_apart(tmp_path: Path) -> None:
-    """An entry point of a user's own that trains LoRA is no LoRA run, and is compared with it."""
+    """A user's entry point that trains LoRA does not count as the LoRA run; it is compared with the LoRA run."""
     for seed in (1, 2, 3):
         for arm, more in (("lora", 0.0), ("my-start", 0.05)):
             make_run(tmp_path / "rte" / arm / f"seed{seed}", "lora", seed=seed, accuracies=[0.7 + seed / 100 + more])
     text = text_of(tmp_path)
     assert "| lora | 72.00 ± 1.00 (n=3) |" in text and "| my-start | 77.00 ± 1.00 (n=3) |" in text
-    assert "| rte, my-start | 3 | +5.00 |" in text and "Several runs" not in text
+    assert "| rte, my-start | 3 | +5.00 |" in text and "Some seeds have several runs" not in text
     (tmp_path / "alone").mkdir()
     (tmp_path / "rte" / "my-start").rename(tmp_path / "alone" / "any-name")
     text = text_of(tmp_path / "alone")
@@ -400,16 +405,16 @@ def test_nothing_to_report_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_evaluations_of_a_trained_adapter_are_no_results_of_their_own(tmp_path: Path) -> None:
+def test_an_evaluation_of_a_trained_adapter_is_listed_and_not_counted(tmp_path: Path) -> None:
     run = make_run(tmp_path / "trained", "lora")
     make_run(tmp_path / "again", "lora", metrics={}, arguments=run["arguments"] | {"do_train": False})
     text = text_of(tmp_path)
     assert "1 finished runs" in text and f"{100 * run['metrics']['eval_accuracy']:.2f} (n=1)" in text
-    assert "`again`: lora on rte: evaluation or prediction alone" in text
+    assert "`again`: lora on rte: evaluation or prediction without training" in text
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "trained", "lora")
     (tmp_path / "file").write_text("")
     assert report.main([str(tmp_path), "--out", str(tmp_path / "file" / "below")]) == 2
@@ -435,7 +440,7 @@ def test_settings_stand_beside_the_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_runs_on_other_rows_are_no_pair(tmp_path: Path) -> None:
+def test_runs_on_other_rows_are_not_paired(tmp_path: Path) -> None:
     """An edited copy with fewer rows or epochs is not paired silently: the setting is named."""
 
     def one(method: str, seed: int, samples: int = 277, limit: int | None = None) -> None:
@@ -469,7 +474,8 @@ def test_a_results_file_gives_the_report_of_its_folders(tmp_path: Path) -> None:
         assert report.main([str(file.path), "--selection", selection]) == 0
         small = (file.path.parent / "report.md").read_text()
         listed = (
-            "\n\n## Runs that do not count\n\n- `line 16`: its record is not one of this project's: steps is no number"
+            "\n\n## Runs that do not count\n\n- `line 16`: its record is not one of this project's: steps is not a "
+            "number"
         )
         assert listed in small and small.replace(listed, "") == whole
     assert report.main([str(tmp_path / "runs")]) == 0
@@ -506,7 +512,7 @@ def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
     shutil.rmtree(waiting)
     choices[0]["scores"].pop()
     (tmp_path / "tuning.json").write_text(json.dumps(tuned))
-    assert "unlike numbers of trials" in text_of(tmp_path)
+    assert "different numbers of trials" in text_of(tmp_path)
     tables = text_of(tmp_path).split("## Cost")[0]
     records = (json.dumps(json.loads(f.read_text())) for f in sorted(tmp_path.rglob("run.json")))
     (tmp_path / "alone").mkdir()
@@ -558,7 +564,7 @@ def test_the_report_says_where_its_numbers_come_from(tmp_path: Path) -> None:
 HOSTILE = r"$\frac{x <b>|`__init__` =cmd"
 
 
-def test_a_bad_folder_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_bad_folder_is_listed_and_the_rest_is_reported(tmp_path: Path) -> None:
     """Every folder that is not as this project writes it is listed with its reason; the rest is reported and drawn."""
     good = make_run(tmp_path / "good", "lora")
     deep = "[" * 100_000
@@ -581,14 +587,14 @@ def test_a_bad_folder_costs_itself_alone(tmp_path: Path) -> None:
     text = text_of(tmp_path)
     listed = text[text.index("## Runs that do not count") :]
     for name, reason in (
-        ("nested", "its results file is cut short or no JSON"),
-        ("mapping", "its results file is not one of this project's: steps is no number"),
-        ("rank", "arguments.lora_r is no number"),
-        ("null", "arguments is no mapping"),
+        ("nested", "its results file is cut short or not JSON"),
+        ("mapping", "its results file is not one of this project's: steps is not a number"),
+        ("rank", "arguments.lora_r is not a number"),
+        ("null", "arguments is not a mapping"),
         ("list", "is not one of this project's (version 1)"),
-        ("binary", "cut short or no JSON"),
+        ("binary", "cut short or not JSON"),
         ("folder", "its results file cannot be read: Is a directory"),
-        ("stages", "the results file of its stage-0 is not one of this project's: status is no text"),
+        ("stages", "the results file of its stage-0 is not one of this project's: status is not a text"),
     ):
         (line,) = (line for line in listed.splitlines() if line.startswith(f"- `{name}`: "))
         assert reason in line
@@ -682,7 +688,7 @@ def test_trials_are_drawn_at_their_values_with_the_others_at_theirs() -> None:
     [
         ([1.0, 2.0, 1.5], 1, "scored 1.50 points of accuracy higher than LoRA (95 % interval +0.26 to +2.74, 3 pairs"),
         ([-1.0, -2.0, -1.5], 1, "scored 1.50 points of accuracy lower than LoRA"),
-        ([1.0, 2.0, 1.5], 3, "but p = 0.105 after correction for 3 comparisons: this is a hint and no finding."),
+        ([1.0, 2.0, 1.5], 3, "but p = 0.105 after correction for 3 comparisons: this is a hint, not a finding."),
         ([1.0, -2.0, 1.5], 1, "no difference between sora and LoRA was seen (+0.17 points of accuracy, 95 % interval"),
         ([1.0, 2.0], 1, "nothing can be said of sora against LoRA from 2 pairs of runs (+1.50 points of accuracy)."),
         ([1.0], 1, "from one pair of runs (+1.00 points of accuracy)."),
@@ -756,7 +762,7 @@ def all_figures() -> dict[str, Any]:
         "spectra",
     ],
 )
-def test_nothing_is_cut(name: str) -> None:
+def test_figures_lie_inside_their_page(name: str) -> None:
     figure = all_figures()[name]
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

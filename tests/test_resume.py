@@ -33,7 +33,7 @@ from loralib.training.manifest import (
 )
 from loralib.training.sampling import check_loading
 
-# Three steps an epoch: 22 rows in batches of 4, the last of 2, accumulated by twos. Eight steps end within the third.
+# Three steps per epoch: 22 rows in batches of 4, the last of 2, accumulated by twos. Eight steps end within the third.
 STEPS = {"num_train_epochs": 3.0, "max_steps": 8, "gradient_accumulation_steps": 2, "save_steps": 1}
 TRAIN, EVALUATION = runs.rows(22), runs.rows(9)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def test_a_resumed_run_equals_the_straight_one(method: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("setting", ["length grouping", "evaluation per step"])
-def test_and_with_other_samplers_and_strategies(setting: str, tmp_path: Path) -> None:
+def test_resume_is_exact_with_other_samplers_and_strategies(setting: str, tmp_path: Path) -> None:
     check_resumes("rm-lora-v2", tmp_path, [4, 6, 7], resample="epoch", **SETTINGS[setting])
 
 
@@ -182,7 +182,7 @@ def test_ways_of_loading_resume_exactly(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
-def test_and_with_workers_that_import_everything_again(context: str, tmp_path: Path) -> None:
+def test_resume_is_exact_with_workers_that_import_everything_again(context: str, tmp_path: Path) -> None:
     workers = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": context}
     check_resumes("lora", tmp_path, [3], eval_strategy="epoch", **workers)
 
@@ -309,7 +309,7 @@ def test_newer_format_is_refused(adalora_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_hashed_once(adalora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often it is asked for; and again when a file of it changes, be it in content alone."""
+    """However often it is asked for; and again when a file of it changes, even if only its content changes."""
     shutil.copytree(adalora_run, tmp_path / "run")
     hashed = []
     real = hashlib.file_digest

@@ -48,7 +48,7 @@ def test_stages_rise_and_leave_a_curve(flags, entry_point, tmp_path, caplog) -> 
     assert said in caplog.messages and "rising at the end" not in caplog.text
     run = json.loads((out / "run.json").read_text())
     assert [point["lambda"] for point in run["stages"]] == pytest.approx([0.0, 0.1, 0.2])
-    assert [point["steps"] for point in run["stages"]] == [2, 4, 4]  # 64 rows: 4 steps an epoch
+    assert [point["steps"] for point in run["stages"]] == [2, 4, 4]  # 64 rows: 4 steps per epoch
     remaining = [point["remaining"] for point in run["stages"]]
     assert remaining[0] > remaining[1] > remaining[2]
     assert run["stages"][-1]["metrics"]["eval_accuracy"] == metrics["eval_accuracy"]
@@ -57,7 +57,7 @@ def test_stages_rise_and_leave_a_curve(flags, entry_point, tmp_path, caplog) -> 
     assert left == sum(run["stages"][-1]["gates"].values())
     for stage in ("stage-0", "stage-1"):
         assert (out / stage / "adapter.safetensors").is_file() and (out / stage / "run.json").is_file()
-    # each stage warms up anew: the first logged learning rate of a stage is that of its warm-up
+    # each stage warms up again: the first logged learning rate of a stage is that of its warm-up
     history = [r for r in json.loads((out / "stage-1" / "run.json").read_text())["history"] if "loss" in r]
     assert history[0]["learning_rate"] < history[1]["learning_rate"] == pytest.approx(0.01)
     (events,) = (out / "runs" / "stages").glob("*")
@@ -116,7 +116,7 @@ def test_interrupted_stage_goes_on_and_ends_the_same(stage: int, flags, entry_po
         (["--lambda_schedule", "cubic"], "invalid choice: 'cubic'"),
     ],
 )
-def test_schedules_that_cannot_be(changes: list[str], said: str, flags, entry_point) -> None:
+def test_bad_schedules_are_refused(changes: list[str], said: str, flags, entry_point) -> None:
     with pytest.raises(InputError, match=said):
         entry_point("SoRA").main([*flags, *changes])
 

@@ -217,7 +217,7 @@ def test_one_gpu_or_none_is_one_plain_process() -> None:
     ("args", "env", "sentence"),
     [
         (["lorra"], {}, "'lorra' is not a method of scripts/mrpc.sh"),
-        (["lora"], {"NPROC": "3"}, "batch of 32 that mrpc's lora is trained with does not divide by 3 processes"),
+        (["lora"], {"NPROC": "3"}, "mrpc's lora needs a batch of 32, which cannot be divided by 3 processes"),
         (["lora"], {"NPROC": "x"}, "NPROC is 'x', it must be a number of processes"),
         (["lora"], {"NPROC": "1", "NNODES": "2"}, "NNODES is 2: set NODE_RANK (0 to 1) and MASTER_ADDR"),
     ],
@@ -256,7 +256,7 @@ def test_a_flag_is_itself_however_it_is_spelt(tmp_path: Path) -> None:
     unfinished.mkdir(parents=True)
     for flags in (["--output_dir", "x"], ["--output-dir", "x"], ["--output-dir=x"], ["--output_d", "x"], ["--ou=x"]):
         printed = script("mrpc", "lora", *flags, cwd=tmp_path, OUTPUT=str(tmp_path)).stdout
-        assert "starts anew" not in printed and "--overwrite_output_dir" not in printed, flags
+        assert "starts over" not in printed and "--overwrite_output_dir" not in printed, flags
         assert "run_glue.py" in printed
     for flags in (["--gradient-accumulation-steps", "4"], ["--gradient_acc=4"], ["--gradient-accumulation-st", "4"]):
         assert "--per_device_train_batch_size 8" in script("mrpc", "lora", *flags).stdout
@@ -268,9 +268,9 @@ def test_a_flag_is_itself_however_it_is_spelt(tmp_path: Path) -> None:
     finished = tmp_path / "done"
     finished.mkdir()
     (finished / "run.json").write_text(json.dumps({"version": 1, "status": "finished"}, indent=2) + "\n")
-    assert "nothing to do" in script("mrpc", "lora", "--output-dir", str(finished)).stdout
+    assert "nothing is done" in script("mrpc", "lora", "--output-dir", str(finished)).stdout
     again = script("mrpc", "lora", "--output-dir", str(finished), "--overwrite-output-dir", "on").stdout
-    assert "nothing to do" not in again
+    assert "nothing is done" not in again
 
 
 def test_an_entry_point_of_a_users_inherits_settings(tmp_path: Path) -> None:
@@ -282,11 +282,11 @@ def test_an_entry_point_of_a_users_inherits_settings(tmp_path: Path) -> None:
     where = kept.index("--output_dir") + 1
     assert words[1] == str(own) and words[2:] == [*kept[:where], words[where + 2], *kept[where + 1 :], "--lora_r", "2"]
     done = script("rte", str(own), "--like", "lorra", check=False)
-    assert done.returncode == 1 and "--like 'lorra' is no method" in done.stderr
+    assert done.returncode == 1 and "--like 'lorra' is not a method" in done.stderr
 
 
 def test_the_same_command_again(tmp_path: Path) -> None:
-    """A finished run is left alone; with any other folder the entry point decides: go on, start anew or refuse."""
+    """A finished run is left alone; with any other folder the entry point decides: go on, start over or refuse."""
     folder = tmp_path / "mrpc" / "lora" / "seed42"
 
     def again(*flags: str) -> str:
@@ -310,5 +310,5 @@ def test_the_same_command_again(tmp_path: Path) -> None:
     (folder / "run.json").write_text(whole.replace("finished", "diverged"))
     assert "run_glue.py" in again()
     (folder / "run.json").write_text(whole)
-    assert "holds a finished run: nothing to do" in again() and "run_glue.py" not in again()
+    assert "holds a finished run, so nothing is done" in again() and "run_glue.py" not in again()
     assert "run_glue.py" in again("--overwrite_output_dir")

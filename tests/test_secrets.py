@@ -155,7 +155,7 @@ def test_the_hub_s_own_message(
     entry_point: Any, tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A token with a line break is no header, which the client's error shows with its value."""
+    """A token with a line break is not a header, which the client's error shows with its value."""
 
     def create_repo(self: Any, repo_id: str, token: str, **kwargs: Any) -> None:
         raise ValueError(f"Illegal header value b'Bearer {token!r}'")

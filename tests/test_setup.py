@@ -89,7 +89,7 @@ def test_conda_file_keeps_its_name_and_a_python_that_setup_allows() -> None:
 
 
 def fake_clone(folder: Path) -> Path:
-    """The set-up scripts alone, in a folder with a space in its name."""
+    """Only the set-up scripts, in a folder with a space in its name."""
     clone = folder / "a clone"
     (clone / "scripts").mkdir(parents=True)
     for name in ("scripts/setup_env.sh", "scripts/quickstart.sh", "scripts/test.sh", "setup.py", "constraints.txt"):
@@ -205,7 +205,7 @@ def test_a_failing_step_stops_the_quickstart_with_a_sentence(tmp_path: Path) -> 
     assert code == 0
 
 
-def test_a_failed_installation_is_said_and_tried_again(tmp_path: Path) -> None:
+def test_a_failed_installation_is_reported_and_tried_again(tmp_path: Path) -> None:
     code, stderr, calls = quickstart(tmp_path, PIP_EXIT="1")
     assert code == 1 and stderr.startswith("error: the installation failed") and len(calls) == 1
     code, _, calls = quickstart(tmp_path, again=True)

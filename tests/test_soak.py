@@ -147,7 +147,7 @@ def children(pid: int) -> list[int]:
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """Trained tensors, and every number of the record that does not hang on the clock."""
+    """Trained tensors, and every number of the record that does not depend on the clock."""
     record = json.loads((folder / "run.json").read_text())
     if record["status"] != "finished":
         raise AssertionError(f"status is {record['status']}")

@@ -63,7 +63,7 @@ def test_sparse_adamw_is_torch_adamw_with_a_shifted_eps() -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-def test_sparse_adamw_thresholds_its_gate_group_alone() -> None:
+def test_sparse_adamw_thresholds_only_its_gate_group() -> None:
     weight, gate = nn.Parameter(torch.full((3,), 0.01)), nn.Parameter(torch.tensor([0.01, 1.0, -1.0]))
     optimizer = SparseAdamW([{"params": [weight]}, {"params": [gate], "threshold": 0.1}], lr=0.0)
     weight.grad, gate.grad = torch.ones(3), torch.ones(3)
@@ -115,7 +115,7 @@ def test_lambda_stages(schedule: str, start: float, middle: float) -> None:
         (("cubic", 0.0, 1.0, 3), "one of linear, log_linear, exp_linear"),
     ],
 )
-def test_lambda_stages_refuses(arguments: tuple, said: str) -> None:
+def test_a_lambda_schedule_outside_its_range_is_refused(arguments: tuple, said: str) -> None:
     with pytest.raises(InputError, match=said):
         lambda_stages(*arguments)
 

@@ -124,7 +124,7 @@ def test_finished_stages_are_taken(
 def test_stages_of_other_settings_are_refused(
     change: str, named: str, older: bool, killed: Path, flags: list[str], entry_point: Any
 ) -> None:
-    """Also those whose record has the flags of the whole run alone, as 409de3b wrote it."""
+    """Also those whose record has only the flags of the whole run, as 409de3b wrote it."""
     if older:
         for number in (0, 1):
             old = record(killed / f"stage-{number}")

@@ -62,7 +62,7 @@ def test_evaluations_that_do_not_count_set_no_best(tmp_path: Path) -> None:
     assert straight.state.global_step == callback.stopped_at == 9 and callback.best == 0.7
 
 
-def test_a_score_that_is_no_number_is_no_best(monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_score_that_is_not_a_number_is_never_the_best(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setitem(SCORES, 1, float("nan"))
     assert train(tmp_path, EarlyStopping(2, 0.0, always)).state.global_step == 5
 
@@ -152,7 +152,7 @@ def test_a_best_evaluation_without_a_checkpoint_is_reported(
 
 @pytest.fixture
 def flags(tmp_path: Path, tiny_model_dir: Path, mrpc_dir: Path) -> list[str]:
-    """24 steps with an evaluation at each second one; the head alone would hardly move."""
+    """24 steps with an evaluation at each second one; with only the head it would hardly move."""
     usual = f"--model_name_or_path {tiny_model_dir} --dataset_name {mrpc_dir} --output_dir {tmp_path / 'out'} "
     usual += "--do_train --do_eval --apply_lora --lora_r 4 --lora_alpha 8 --max_seq_length 24 --max_steps 24 --use_cpu "
     usual += "--disable_tqdm 1 --report_to none --per_device_train_batch_size 8 --learning_rate 0 --logging_steps 2 "
@@ -214,7 +214,7 @@ def test_adalora_counts_from_the_final_phase_on(
     assert record(tmp_path / "out")["early_stopping"]["stopped_at"] == 20
     assert "counted from step 14 on, where the budget is the target" in caplog.text
     before = sorted(p.name for p in (tmp_path / "out").iterdir())
-    with pytest.raises(InputError, match="none of the 24 steps ends with it: raise --final_warmup"):
+    with pytest.raises(InputError, match="none of the 24 steps reaches it: raise --final_warmup"):
         main([*flags, *adalora, "0", "--overwrite_output_dir"])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
 

@@ -148,7 +148,7 @@ def trained(cell: Any, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch)
 def test_finished_runs_are_known_by_the_values_of_their_flags(
     tmp_path: Path, tiny_model_dir: Path, mrpc_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real run's record: flags that decide no number may change, in every spelling those that do may not."""
+    """A real run's record: flags that change no number may change; the others may not, however they are spelled."""
     monkeypatch.setenv("MODEL", str(tiny_model_dir))
     monkeypatch.setenv("DATA", str(mrpc_dir))
     usual = ["--tasks", "mrpc", "--methods", "lora", "--seeds", "1", "--output", str(tmp_path), "--max_steps", "2",
@@ -167,24 +167,27 @@ def test_finished_runs_are_known_by_the_values_of_their_flags(
     for flags in same:
         assert found(*flags) == [], flags
     other = {
-        "learning_rate 0.001 (0.0005": (
+        "learning_rate is 0.001, requested 0.0005": (
             ["--learning-rate", "5e-4"],
             ["--learning_rate=5e-4"],
             ["--learning_r", "5e-4"],
         ),
-        "lora_r 4 (8": (["--lora-r", "8"], ["--lora_r=8"]),
-        "max_steps 2 (3": (["--max-steps", "3"], ["--max_st", "3"]),
-        "effective batch 32 (64": (["--per_device_train_batch_size", "64"], ["--per-device-train-batch-size=64"]),
-        "bf16 False (True": (["--bf16"],),
-        "heldout_split None (0": (["--heldout-split", "0"],),
+        "lora_r is 4, requested 8": (["--lora-r", "8"], ["--lora_r=8"]),
+        "max_steps is 2, requested 3": (["--max-steps", "3"], ["--max_st", "3"]),
+        "effective batch is 32, requested 64": (
+            ["--per_device_train_batch_size", "64"],
+            ["--per-device-train-batch-size=64"],
+        ),
+        "bf16 is False, requested True": (["--bf16"],),
+        "heldout_split is None, requested 0": (["--heldout-split", "0"],),
     }
     for words, spellings in other.items():
         for flags in spellings:
             assert [text.startswith(words) for text in found(*flags)] == [True], (flags, found(*flags))
     assert found(of=records.compact(record)) == []  # the compact record is as good
-    assert "seed 1 (2" in found("--seeds", "2")[0]
+    assert "seed is 1, requested 2" in found("--seeds", "2")[0]
     (wrong,) = jobs(*usual, "--lora_alpha", "5")
-    with pytest.raises(InputError, match=r"holds a run that is done with lora_alpha 32.0 \(5.0 is asked for\)"):
+    with pytest.raises(InputError, match=r"with other settings \(lora_alpha is 32.0, requested 5.0\)"):
         records.check_settings(wrong, asking.ask([wrong])[wrong])
 
     # a results file and another sweep's folder are as good as the run's own folder
@@ -217,7 +220,7 @@ def test_mistakes_are_refused_before_anything_runs(capsys: pytest.CaptureFixture
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0, it must be 1 or more"),
         (
             ["--gradient_accumulation_steps", "5"],
-            "cola, lora: the batch of 32 that cola's lora is trained with does not",
+            "cola, lora: cola's lora needs a batch of 32, which cannot be divided by 1 processes x",
         ),
         (["--overwrite_out"], "cola, lora: with --overwrite_output_dir each attempt at a run that was cut off would"),
         (["--output-dir", "x"], "--output_dir is set by the sweep"),
@@ -265,7 +268,7 @@ def test_a_results_file_survives_a_kill_and_names_a_bad_line(tmp_path: Path) -> 
     again.add(run)
     assert file.read_text() == whole * 2
     file.write_text("no\n" + whole)
-    with pytest.raises(InputError, match="line 1 is no record of a run"):
+    with pytest.raises(InputError, match="line 1 is not a record of a run"):
         records.ResultsFile(file)
 
 
@@ -469,7 +472,7 @@ SCORES = {
 
 
 class ScoringRay(DyingRay):
-    """Runs whose score hangs on their folder's method and value."""
+    """Runs whose score depends on the method and value in their folder's name."""
 
     def result(self, run: dict[str, Any], folder: Path) -> dict[str, Any]:
         method, _, value = folder.parent.name.partition(",learning_rate=")
@@ -523,7 +526,7 @@ def test_tuning_chooses_by_the_mean_and_runs_other_seeds(
     said = capsys.readouterr().out
     assert "is not taken" not in said  # the other values' trials are no near misses
     assert code == 0 and len(ray.started) == 4 + 2  # the new value's trials, and b's final runs
-    assert "the grid of b is extended by learning_rate 8e-3: the choice is made anew" in said
+    assert "the grid of b is extended by learning_rate 8e-3: the choice is made again" in said
     assert "chosen for rte, b: learning_rate 8e-3" in said
 
 
@@ -547,8 +550,8 @@ def test_a_tuning_of_another_task_keeps_earlier_choices(
     ("flags", "sentence"),
     [
         (["--tune_seeds", "4-5"], "seed 5 is in --seeds and in --tune_seeds"),
-        (["--tune_only", "a:learning_rate=1e-3"], "unlike numbers of trials a task (a 2, b 6)"),
-        (["--tune_only", "a:lora_r=2,4"], "unlike numbers of trials a task (a 12, b 6)"),
+        (["--tune_only", "a:learning_rate=1e-3"], "different numbers of trials per task (a 2, b 6)"),
+        (["--tune_only", "a:lora_r=2,4"], "different numbers of trials per task (a 12, b 6)"),
         (["--tune_only", "c:lora_r=2,4"], "--tune_only 'c:lora_r=2,4' cannot be read"),
         (["--grid", "lora_r=2,4"], "--grid and --tune exclude each other"),
     ],
@@ -565,7 +568,7 @@ def test_tuning_that_is_not_fair_is_refused(
 
 
 def test_grids_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--tune_only replaces a method's grid; unlike numbers of trials are allowed by name."""
+    """--tune_only replaces a method's grid; different numbers of trials are allowed by name."""
     code, ray = tune(tmp_path, monkeypatch, "--tune_only", "b:learning_rate=1e-3,4e-3,8e-3")
     assert code == 0 and json.loads((tmp_path / "out" / "tuning.json").read_text())["choices"][1]["values"] == {
         "learning_rate": "8e-3"
@@ -652,7 +655,7 @@ def test_sweep_on_ray(tmp_path: Path) -> None:
     assert (half / "run.json").stat().st_mtime_ns == before  # finished runs are left alone
     assert "all 4 runs are finished" in run_sweep(*argv).stdout
     wrong = run_sweep(*argv, "--lora_r", "5")
-    assert wrong.returncode == 2 and "done with lora_r 4 (5 is asked for)" in wrong.stderr
+    assert wrong.returncode == 2 and "with other settings (lora_r is 4, requested 5)" in wrong.stderr
 
 
 @pytest.mark.slow

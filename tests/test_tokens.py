@@ -69,7 +69,9 @@ def test_the_limit_is_where_the_model_ends(family: str) -> None:
 
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("family", [*FAMILIES, "DeBERTa-v3, fast", "DeBERTa-v3, unpadded"])
-def test_a_row_in_a_batch_is_the_row_alone(family: str, fixed: bool, tokenizer: Any, caplog: Any) -> None:
+def test_a_row_gives_the_same_logits_in_a_batch_and_by_itself(
+    family: str, fixed: bool, tokenizer: Any, caplog: Any
+) -> None:
     """With a tokenizer that pads on the left, rows of every length give what they give without any padding."""
     family, _, way = family.partition(", ")
     model = build(family)

@@ -49,8 +49,8 @@ REFUSED = {
     "eval_use_gather_object True": "the outputs are tensors",
     "fsdp full_shard": "--fsdp full_shard is not supported",
     "fsdp_config nowhere.json": "--fsdp_config nowhere.json is not supported",
-    "ignore_data_skip True": "other rows than an undisturbed one",
-    "include_for_metrics inputs": "GLUE's metrics need predictions and labels alone",
+    "ignore_data_skip True": "other rows than an undisturbed run",
+    "include_for_metrics inputs": "GLUE's metrics need only predictions and labels",
     'liger_kernel_config {"rope":true}': "liger_kernel_config",  # argparse makes no mapping, a file does
     "optim_target_modules query": "only GaLore and APOLLO read it",
     "prediction_loss_only True": "an evaluation without predictions has no metrics",
@@ -73,12 +73,12 @@ REFUSED = {
     "optim galore_adamw": "--optim galore_adamw is not supported: it does not step once",
     "optim lomo": "--optim lomo is not supported",
     "optim schedule_free_adamw": "it evaluates other weights than the ones that are saved",
-    "optim grokadamw": "ends with other weights than an undisturbed one",
+    "optim grokadamw": "ends with other weights than an undisturbed run",
     "optim adamw_anyprecision": "--optim adamw_anyprecision cannot be used here: .*torchdistx",
     "optim sgd --optim_args momentum": "optim_args is 'momentum', it must be names and numbers",
     "optim sgd --optim_args momentum=much": "--optim sgd with optim_args 'momentum=much' cannot be used here",
-    "optim_args betas=1": "which --optim adamw_torch_fused does not read",
-    "optim sgd --optim_args momentum=0.9,speed=1": "optim_args has speed=1, which --optim sgd does not read",
+    "optim_args betas=1": "--optim adamw_torch_fused does not read it",
+    "optim sgd --optim_args momentum=0.9,speed=1": "optim_args has speed=1 without effect: --optim sgd",
     "lr_scheduler_type cosine_with_min_lr": "it needs min_lr or min_lr_rate in --lr_scheduler_kwargs",
     "lr_scheduler_type warmup_stable_decay": "it needs num_decay_steps in --lr_scheduler_kwargs",
     "lr_scheduler_type reduce_lr_on_plateau": "reduce_lr_on_plateau needs --eval_strategy steps or epoch",
@@ -90,7 +90,7 @@ REFUSED = {
     "dataloader_multiprocessing_context spawn": "but --dataloader_num_workers is 0: give 1 or more",
     "dataloader_num_workers 1 --dataloader_prefetch_factor 0": "dataloader_prefetch_factor is 0, it must be 1 or more",
     "accelerator_config nowhere.json": "accelerator_config names the file nowhere.json, which does not exist",
-    "accelerator_config {": "accelerator_config .* is no JSON",
+    "accelerator_config {": "accelerator_config .* is not JSON",
     'accelerator_config {"split":true}': "accelerator_config has the key 'split', it must be one of split_batches, ",
     'accelerator_config {"gradient_accumulation_kwargs":{"by":2}}': "gradient_accumulation_kwargs has the key 'by'",
     "remove_unused_columns False": "--remove_unused_columns False is not supported",
@@ -146,7 +146,7 @@ def test_spellings_that_the_stock_classes_take(tmp_path: Path) -> None:
     assert args.optim_args == "momentum=0.9, nesterov=true"
 
 
-def test_a_warm_up_that_does_nothing_is_said(tmp_path: Path) -> None:
+def test_a_warm_up_that_does_nothing_is_reported(tmp_path: Path) -> None:
     args = flags(tmp_path, "--lr_scheduler_type", "constant", "--warmup_steps", "5")
     assert training_flags.warn_of(args) == [
         "--lr_scheduler_type constant has no warm-up, so warmup_steps 5 does nothing"

@@ -159,7 +159,7 @@ def test_a_resumed_run_is_the_straight_one(name: str, data: dict[str, Any], tmp_
 
 
 def test_peft_in_sft_trainer(data: dict[str, Any], tmp_path: Path) -> None:
-    """A PEFT model in TRL with RM-LoRA's mask, by the callback alone."""
+    """A PEFT model in TRL with RM-LoRA's mask, only by the callback."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(decoder(), config)
     method = rm_lora(model, random_rank=2)

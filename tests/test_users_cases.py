@@ -1,4 +1,4 @@
-"""Files and habits as users bring them: one row a kind, with the input, what is run, and the right value."""
+"""Files and flags as users bring them. Each test has one row per kind: the input, the command, and the right value."""
 
 import datetime
 import decimal
@@ -26,7 +26,7 @@ def table(folder: Path, name: str, header: str, *rows: str) -> str:
     return str(path)
 
 
-# ---- the classes of what is trained already ----
+# ---- the classes of a trained model ----
 
 KNOWN = Task("classification", (), ("neutral", "Very good", "bad"), ())
 
@@ -48,7 +48,7 @@ def test_known_classes_decide(
     assert loaded.task.label_names == KNOWN.label_names and loaded.task.text_columns == ("text",)
     assert loaded.task.metrics == ("accuracy",)
     assert list(loaded.evals["classification"]["label"]) == ids
-    assert ("index" in caplog.text) == rows[0].endswith("2")
+    assert ("indices into" in caplog.text) == rows[0].endswith("2")
 
 
 def test_known_classes_need_no_labels_and_refuse_others(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_known_regression_stays_one_on_whole_numbers(tmp_path: Path) -> None:
     assert loaded.task.label_names is None and list(loaded.evals["regression"]["label"]) == [1.0, 2.0]
 
 
-def test_a_glue_task_of_pairs_on_one_text_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_glue_task_of_pairs_on_one_text_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = table(tmp_path, "t.csv", "text", "a b", "c d")
     load(test_file=file, do_predict=True, known=Task("mrpc", (), GLUE["mrpc"].label_names, ()))
-    assert "what is trained is mrpc, which reads sentence1 and sentence2, and here is text alone" in caplog.text
+    assert "the trained model is for mrpc, which reads sentence1 and sentence2, but here is only text" in caplog.text
 
 
 def test_known_order_of_a_glue_task(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_known_order_of_a_glue_task(tmp_path: Path) -> None:
         loaded = load(validation_file=file, do_eval=True, known=known, **arguments)
         assert loaded.task.label_names == known.label_names and loaded.task.name == "mnli"
         assert list(loaded.evals["mnli"]["label"]) == [2, 0, 1]
-    with pytest.raises(InputError, match="rte with the labels entailment, not_entailment, and what is trained knows"):
+    with pytest.raises(InputError, match="rte with the labels entailment, not_entailment, and the trained model knows"):
         load(validation_file=file, do_eval=True, known=known, task_name="rte")
     assert GLUE["mnli"].label_names == ("entailment", "neutral", "contradiction")
 
@@ -112,7 +112,7 @@ TRAIN = {"do_train": True}
         ("first_lacks_label.jsonl", {"unlabelled": "drop"}, ("text",), BAD_GOOD, [1, 0, 1], 31),
     ],
 )  # fmt: skip
-def test_what_is_read(
+def test_the_cases_are_read_as_their_page_says(
     file: str, flags: dict, texts: tuple, names: tuple | None, first_labels: list, count: int, caplog
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -144,12 +144,12 @@ def test_what_is_read(
         ("kaggle_ids.csv", {"text_column": "text"}, ("'text'", "text_column", "text_en")),
         ("kaggle_ids.csv", {"label_column": "stars"}, ("'stars'", "label_column", "review_id")),
         ("labels_ws.csv", {"label_type": "regression"}, ("row 0", "'bad'", "finite number")),
-        ("test_placeholder_labels.csv", {}, ("one label ?",)),
+        ("test_placeholder_labels.csv", {}, ("only one label, ?",)),
         ("labels_as_lists.csv", {}, ("row 0", "\"['bad', 'short']\"", "multi-label", "--label_type classes")),
         ("commas.tsv", {}, ("line 1", "'text,label'", "','", ".csv")),
     ],
 )
-def test_what_is_refused(file: str, flags: dict, parts: tuple[str, ...]) -> None:
+def test_the_bad_cases_are_refused(file: str, flags: dict, parts: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as refusal:
         load(train_file=str(CASES / file), **TRAIN, **flags)
     message = str(refusal.value)
@@ -161,11 +161,11 @@ def test_labels_of_a_test_file_that_are_of_no_use_are_ignored(caplog: pytest.Log
     arguments = {"train_file": str(CASES / "labels_ws.csv"), "do_train": True, "do_predict": True}
     loaded = load(**arguments, test_file=str(CASES / "test_placeholder_labels.csv"))
     assert set(loaded.tests["classification"]["label"]) == {-1} and len(loaded.tests["classification"]) == 30
-    assert "its labels are not used" in caplog.text and "'?'" in caplog.text
+    assert "its labels are ignored" in caplog.text and "'?'" in caplog.text
     caplog.clear()
     loaded = load(**arguments, test_file=str(CASES / "labels_ws.csv"))
     assert list(loaded.tests["classification"]["label"])[:3] == [0, 1, 0]
-    assert "not used" not in caplog.text
+    assert "ignored" not in caplog.text
 
 
 def test_labels_of_a_test_file_that_cannot_be_labels_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
@@ -186,7 +186,7 @@ def test_labels_of_a_test_file_that_cannot_be_labels_are_ignored(caplog: pytest.
     ],
     ids=["list", "struct", "bytes", "date", "time", "decimal"],
 )
-def test_values_that_cannot_be_labels(values: list, tmp_path: Path) -> None:
+def test_lists_and_other_values_are_refused_as_labels(values: list, tmp_path: Path) -> None:
     rows = pa.table({"text": ["a b", "c d"], "label": pa.array(values)})
     pq.write_table(rows, tmp_path / "train.parquet")
     datasets.DatasetDict({"train": datasets.Dataset(rows)}).save_to_disk(tmp_path / "saved")
@@ -247,7 +247,7 @@ def test_named_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert loaded.tests["classification"][0] == {"text": "dev_r1 a", "label": 0}
         with pytest.raises(InputError, match="only .*train_r1.*--train_split"):
             load(**flags)
-        with pytest.raises(InputError, match="train_split 'train' is no split of .*train_r1"):
+        with pytest.raises(InputError, match="train_split 'train' is not a split of .*train_r1"):
             load(**flags, **named | {"train_split": "train"})
     with pytest.raises(InputError, match="validation_split 'dev' names a split of dataset_name"):
         load(train_file=str(tmp_path / "train_r1.csv"), validation_split="dev", do_train=True)
@@ -313,9 +313,9 @@ def test_packed_files(tmp_path: Path) -> None:
         ("e.csv.gz", content, "could not be unpacked as gzip"),
         ("f.json", b"version https://git-lfs.github.com/spec/v1\n", "pointer of git-lfs"),
         ("g.csv", b"<!doctype html>\n<html>", "is a web page"),
-        ("h.csv", "caf\u00e9,label\n".encode("cp1252"), r"line 1: the byte .*xe9.* is no UTF-8 .*caf\u00e9"),
+        ("h.csv", "caf\u00e9,label\n".encode("cp1252"), r"line 1: the byte .*xe9.* is not UTF-8 .*caf\u00e9"),
         ("i.csv", "text,label\n".encode("utf-16-le"), "UTF-16"),
-        ("j.csv", b"text;label\nfine;yes\n", "parted by ';'"),
+        ("j.csv", b"text;label\nfine;yes\n", "separated by ';'"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=words):
@@ -374,7 +374,7 @@ def test_words_that_python_reads_as_numbers(tmp_path: Path) -> None:
         (["--dataset_name", ".", "--train_split", "labels_ws", "--validation_split=quoted", "--do_eval"], 32),
     ],
 )
-def test_runs(flags: list[str], steps: int, tiny_model_dir, entry_point, tmp_path, monkeypatch) -> None:
+def test_the_cases_train(flags: list[str], steps: int, tiny_model_dir, entry_point, tmp_path, monkeypatch) -> None:
     usual = ["--model_name_or_path", str(tiny_model_dir), "--output_dir", str(tmp_path / "out"), "--do_train",
              "--apply_lora", "--lora_r", "2", "--lora_alpha", "2", "--max_seq_length", "16", "--disable_tqdm", "True",
              "--num_train_epochs", "1", "--per_device_train_batch_size", "1", "--save_strategy", "no"]  # fmt: skip
@@ -449,7 +449,7 @@ def test_labels_in_messages_stay_on_one_line(tmp_path: Path) -> None:
     rows = [{"text": "a b", "label": "one\nline"}, {"text": "c d", "label": "tab\there"}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     other = table(tmp_path, "v.csv", "text,label", "a b,none of them")
-    with pytest.raises(InputError, match=r"allowed is one\\nline, tab\\there") as refused:
+    with pytest.raises(InputError, match=r"Allowed: one\\nline, tab\\there") as refused:
         load(train_file=str(tmp_path / "t.jsonl"), validation_file=other, do_train=True, do_eval=True)
     assert "\n" not in str(refused.value)
 

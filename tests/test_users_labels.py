@@ -229,7 +229,7 @@ def test_other_labels_are_refused_without_training_and_start_a_new_head_with_it(
             world(**flags, validation_file=other, do_eval=True, ignore_mismatched_sizes=True)
         caplog.clear()
         world(**flags, train_file=other, do_train=True, max_steps=1, logging_steps=1)
-        assert "a new head starts" in caplog.text
+        assert "training starts with a new, random head" in caplog.text
         history = json.loads((world.last / "trainer_state.json").read_text())["log_history"]
         assert 0.8 < history[0]["loss"] < 1.6  # near ln 3: nothing of the old head is left
         config = json.loads((world.last / "config.json").read_text())
@@ -250,14 +250,14 @@ def test_numbers_count_by_the_index_of_a_named_head_and_the_log_says_so(
     file = write(tmp_path / "numbers.csv", "text1 text2 label", rows)
     caplog.clear()
     assert world(model_name_or_path=full, validation_file=file, do_eval=True)["eval_accuracy"] > 0.9
-    assert "count by the index of neutral, contradiction, entailment" in caplog.text
+    assert "are read as indices into neutral, contradiction, entailment" in caplog.text
     caplog.clear()
     floats = write(tmp_path / "floats.csv", "text1 text2 label", [(p, h, float(v)) for p, h, v in rows])
     assert world(model_name_or_path=full, validation_file=floats, do_eval=True)["eval_accuracy"] > 0.9
-    assert "count by the index of neutral, contradiction, entailment" in caplog.text
+    assert "are read as indices into neutral, contradiction, entailment" in caplog.text
     caplog.clear()
     world(model_name_or_path=full, train_file=file, do_train=True, max_steps=1, logging_steps=1)
-    assert "count by the index of neutral, contradiction, entailment" in caplog.text
+    assert "are read as indices into neutral, contradiction, entailment" in caplog.text
     history = json.loads((world.last / "trainer_state.json").read_text())["log_history"]
     assert history[0]["loss"] < 0.4
 
@@ -337,8 +337,8 @@ def predicted(world: World, task: str = "classification") -> list[str]:
     return [row.split("\t")[1] for row in rows]
 
 
-def test_words(world: World, tmp_path: Path) -> None:
-    """Trained on three words; a file that lacks one of them, and one without labels, from the folder alone."""
+def test_a_trained_folder_labels_files_that_lack_classes(world: World, tmp_path: Path) -> None:
+    """Trained on three words; a file that lacks one of them, and one without labels; both need only the folder."""
     words = CASES / "words"
     header, *lacking = (words / "one_class_missing.csv").read_text().splitlines()
     everything = [*lacking, *(words / "all_three_classes.csv").read_text().splitlines()[1:]]
@@ -367,7 +367,7 @@ def test_words(world: World, tmp_path: Path) -> None:
         assert len(predicted(world)) == 9 and set(predicted(world)) <= {"bad", "good", "meh"}
 
 
-def test_ratings(world: World, tmp_path: Path) -> None:
+def test_a_regression_stays_one_on_whole_numbers(world: World, tmp_path: Path) -> None:
     """A regression stays one when the file at hand has whole numbers only, and the config says that it is one."""
     flags = {"train_file": CASES / "ratings_train.csv", "do_train": True, "max_steps": 40}
     world(**flags, **LORA, output_dir=tmp_path / "run")
@@ -427,7 +427,7 @@ def test_a_head_that_cannot_be_used_is_refused_and_replaced_in_training(
             world(model_name_or_path=full, dataset_name=world.mnli, do_eval=True)
         caplog.clear()
         world(model_name_or_path=full, dataset_name=world.mnli, do_train=True, max_steps=1, logging_steps=1)
-        assert said in caplog.text and "a new head starts" in caplog.text
+        assert said in caplog.text and "training starts with a new, random head" in caplog.text
         history = json.loads((world.last / "trainer_state.json").read_text())["log_history"]
         assert 0.8 < history[0]["loss"] < 1.6
     for number, labels in enumerate(({"0": "a", "2": "b", "3": "c"}, ["a", "b", "c"])):

@@ -228,7 +228,7 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def test_variants_are_exported(
     variant: Callable[[str], Any], tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """rsLoRA to PEFT, DoRA (whose update is no product of two factors) merged: the logits of the trained model."""
+    """rsLoRA to PEFT, DoRA (whose update is not a product of two factors) merged: the logits of the trained model."""
     import export_adapter
 
     trained = {}

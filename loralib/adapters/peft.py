@@ -37,7 +37,7 @@ def read_peft(folder: Path) -> Adapter:
     """Read a folder that PEFT wrote.
 
     Raises:
-        InputError: it is no plain LoRA, or its files are broken; the message names the file and the setting.
+        InputError: it is not plain LoRA, or its files are broken; the message names the file and the setting.
     """
     file = folder / PEFT_CONFIG
     config = read_json(file)
@@ -66,7 +66,7 @@ def read_peft(folder: Path) -> Adapter:
     alphas = config.get("alpha_pattern") or {}
     # PEFT reads these keys as regular expressions. One from a file could run for ever, so only plain names are allowed.
     if not isinstance(alphas, dict) or not all(re.fullmatch(r"[\w.\\]+", key) for key in alphas):
-        raise InputError(f"{file} has an alpha_pattern that is no mapping from module names to numbers.")
+        raise InputError(f"{file} has an alpha_pattern that is not a mapping from module names to numbers.")
     scaling = {}
     for name, tensors in matrices.items():
         found = next((key for key in alphas if f".{name}".endswith("." + key.replace("\\", ""))), None)
@@ -83,7 +83,7 @@ def export_peft(run: str | Path, out: str | Path, base: str | None = None) -> No
         base: name or folder of the base model; None: the recorded one.
 
     Raises:
-        InputError: the adapter is no product of two factors, or `out` cannot be written.
+        InputError: the adapter is not a product of two factors, or `out` cannot be written.
     """
     trained = read_run(run)
     adapter = folded(trained)

@@ -72,7 +72,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             raise InputError(f"{file} cannot be opened ({error.strerror}): make it readable.") from error
         raise InputError(
             f"{file} cannot be read as a state dict of tensors ({type(error).__name__}): it is cut off, or another "
-            "kind of file; give a .safetensors file, or a .bin file that holds tensors alone."
+            "kind of file; give a .safetensors file, or a .bin file that holds only tensors."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(f"{file} does not hold a state dict: it must map names to tensors and hold nothing else.")

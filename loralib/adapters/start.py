@@ -109,12 +109,14 @@ def load_lora(model: nn.Module, path: str | Path) -> list[str]:
         lines.append("it was trained on another pretrained model: --model_name_or_path has other weights")
     if kept:
         lines.append(
-            f"its head is missing, of other shapes or for other labels, so these start anew: {', '.join(kept)}"
+            f"its head is missing, of other shapes or for other labels, so these get fresh values: {', '.join(kept)}"
         )
     if fresh:
-        lines.append(f"{fresh} of {len(layers)} matrices have rank 0 there or are missing: they start anew")
+        lines.append(f"{fresh} of {len(layers)} matrices have rank 0 there or are missing: they get fresh values")
     if smaller:
-        lines.append(f"{smaller} of {len(layers)} matrices have a lower rank there: further directions start anew")
+        lines.append(
+            f"{smaller} of {len(layers)} matrices have a lower rank there: further directions get fresh values"
+        )
     for theirs, ours in sorted(scalings)[:1]:
         lines.append(
             f"the adapter's scaling {theirs:g} differs from this run's {ours:g}: its factors take in the ratio"

@@ -1,1 +1,1 @@
-"""GLUE: task table, loading, tokenising, metrics, shared arguments, run report. Knows no method."""
+"""GLUE: task table, loading, tokenising, metrics, shared arguments, run report. Imports no method."""

@@ -36,12 +36,12 @@ def make_trainer(
     load_starting_adapter(run, model)
     arguments = trainer_arguments(run, data, tokenizer, run.data_args, model)
     trainer = trainer_with(run, method, arguments, data.task)
-    begin_method(run, trainer, method)
+    begin_and_announce(run, trainer, method)
     return trainer
 
 
 def load_starting_adapter(run: Run, model: PreTrainedModel) -> None:
-    """Load the adapter of `--lora_path`, where that flag is given, into an adapted model."""
+    """If `--lora_path` is given, load its adapter into an adapted model."""
     if run.lora_args.lora_path:
         load_lora_path(model, run.lora_args.lora_path)
 
@@ -54,8 +54,8 @@ def trainer_with(run: Run, method: Method, arguments: dict[str, Any], task: Task
     return LoRATrainer(method=method, adapter=adapter, **arguments)
 
 
-def begin_method(run: Run, trainer: LoRATrainer, method: Method, title: str = "") -> None:
-    """Tell the method how many steps it will train; then clear the output folder and log what will happen.
+def begin_and_announce(run: Run, trainer: LoRATrainer, method: Method, title: str = "") -> None:
+    """Tell the method how many steps it will train, clear the output folder (`clear_and_log`), log what will happen.
 
     Args:
         title: what the log calls the method; by default its name.
@@ -77,7 +77,8 @@ def trainer_arguments(
     """Tokenise the splits and collect the arguments of `LoRATrainer` that every method shares.
 
     With `--push_to_hub` this also creates the repository, and with `--padding unpadded` it makes the model's attention
-    skip padding. `data` holds the tokenised splits afterwards.
+    skip padding. The tokenised training split is returned. Those for evaluation and prediction
+    replace the texts in `data`.
 
     Raises:
         InputError: the flags ask for what the model, the tokenizer or the data cannot do.
@@ -186,7 +187,7 @@ def _deciding_settings(run: Run, task: Task) -> dict[str, Any]:
 
 
 def clear_and_log(run: Run, trainer: LoRATrainer, method: str, adapted: list[str], *lines: str) -> None:
-    """Clear the output folder where that was asked for, and log in a few lines what will happen (ledger D4, D5).
+    """If `run.clear` is set, clear the output folder; then log in a few lines what will happen (ledger D4, D5).
 
     Args:
         method: what the log calls the method.

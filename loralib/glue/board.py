@@ -11,6 +11,7 @@ from transformers.integrations import TensorBoardCallback
 
 from loralib.adapt import parameters
 from loralib.glue.metrics import COMBINED
+from loralib.glue.record import summaries
 from loralib.glue.tasks import Task
 from loralib.training.trainer import LoRATrainer
 
@@ -19,11 +20,11 @@ RESULTS = ("Final/score", "Final/loss", "Final/remaining_parameters", "Final/sec
 
 
 class BoardCallback(TrainerCallback):
-    """Writes hyperparameters and charts when the training begins; `finish` adds the results.
+    """Writes hyperparameters and charts when the training begins; `write_results` adds the results.
 
     Args:
         trainer: the run's trainer.
-        flags: the dataclasses of the run's flags.
+        flags: the dataclasses of the run's flags: model, data, method, training.
         task: the run's task.
         started: the time at which the run began, in seconds since 1970.
     """
@@ -45,7 +46,7 @@ class BoardCallback(TrainerCallback):
 
         Args:
             metrics: as `run.json` has them.
-            succeeded: False for a run that was interrupted.
+            succeeded: False for a run that was interrupted, failed or diverged.
         """
         for board in self._boards():
             if not self.trainer.is_world_process_zero() or board.logging_dir is None:
@@ -71,7 +72,10 @@ class BoardCallback(TrainerCallback):
         return [c for c in callbacks if isinstance(c, TensorBoardCallback)] if _has_plugin() else []
 
     def _name(self) -> str:
-        """The name of the run's row. The sessions of a resumed run share it. The tab shows its first dozen letters."""
+        """The name of the run's row, which the sessions of a resumed run share.
+
+        Method and task come first, because the tab shows only about 12 letters.
+        """
         method = (self.trainer.adapter or {}).get("method", "full")
         return f"{method} {self.task.name} {self.flags[3].seed} {self.trainer.args.output_dir}"
 
@@ -112,7 +116,7 @@ def hyperparameters(trainer: LoRATrainer, flags: tuple[Any, ...], task: Task) ->
     """
     model, _, lora, training = flags
     args = trainer.args
-    facts = {k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()}
+    facts = summaries(trainer)
     r = lora.lora_r or 0 if lora.apply_lora else 0
 
     def flag(name: str) -> Any:
@@ -141,7 +145,7 @@ def hyperparameters(trainer: LoRATrainer, flags: tuple[Any, ...], task: Task) ->
 def layout(trainer: LoRATrainer, task: Task) -> dict[str, dict[str, list[Any]]]:
     """The charts of the CUSTOM SCALARS tab by heading, each with regular expressions for the tags of its curves.
 
-    A chart lists the curves of every method. Otherwise TensorBoard would show charts of one name that differ twice.
+    A chart lists the curves of every method. TensorBoard would show a chart twice if two runs defined it differently.
     """
     losses = dict.fromkeys(("task_loss", "orth_regu_loss", "gate_l1", "penalty", trainer.penalty_name))
     charts: dict[str, dict[str, list[Any]]] = {

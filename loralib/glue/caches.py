@@ -49,8 +49,8 @@ def use_writable_caches() -> None:
         instead = Path(_own.name) / attribute.lower()
         setattr(module, attribute, type(getattr(module, attribute))(instead))
         logger.warning(
-            "the cache of %s, %s, cannot be written to (%s): this run keeps it in a temporary folder; set HF_HOME to a "
-            "folder of yours to keep it",
+            "the cache of %s, %s, cannot be written to (%s): this run keeps it in a temporary folder; set HF_HOME to "
+            "your own folder to keep it",
             content,
             folder,
             why,

@@ -1,4 +1,4 @@
-"""The model card of a run, made from `run.json` alone, and the one upload of `--push_to_hub`."""
+"""The model card of a run, made only from `run.json`, and the one upload of `--push_to_hub`."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ WHOLE_MODEL = ("model.safetensors", "model-*.safetensors", "model.safetensors.in
 
 
 def write_card(folder: str | Path) -> None:
-    """Write README.md beside `run.json`. A README.md that no run wrote stays, and the log says so."""
+    """Write README.md beside `run.json`. A README.md that no run made is kept, and the log says so."""
     folder = Path(folder)
     card = folder / CARD
     if card.exists() and not is_card(card):
@@ -53,7 +53,7 @@ def is_card(file: Path) -> bool:
 
 
 def card_text(run: dict[str, Any], name: str) -> str:
-    """Markdown of the card. Of a path on this machine it shows the last name alone.
+    """Markdown of the card. Local paths are shortened to their last part.
 
     Args:
         run: contents of a `run.json`.
@@ -129,11 +129,12 @@ def card_text(run: dict[str, Any], name: str) -> str:
             "## How to use it",
             "",
             "Evaluate, predict, or train on: the command above with `--lora_path FOLDER`. Leave out `--do_train` to "
-            "evaluate (`--do_eval`) or predict (`--do_predict`) alone. For other programs:",
+            "only evaluate (`--do_eval`) or predict (`--do_predict`). For other programs:",
             "",
             "```bash",
             "python scripts/export_adapter.py FOLDER --to peft    # a folder that PEFT loads",
-            "python scripts/export_adapter.py FOLDER --to merged  # a checkpoint that transformers loads alone",
+            "python scripts/export_adapter.py FOLDER --to merged  # a checkpoint that transformers loads without this "
+            "project",
             "```",
         ]
     return "\n".join(lines) + "\n"
@@ -172,7 +173,12 @@ def _scores(run: dict[str, Any]) -> dict[str, float]:
 
 
 def _data(run: dict[str, Any], suffix: str | None = None) -> str:
-    """Name of the data. With `suffix`, that of their evaluation, it also says where only some rows were evaluated."""
+    """Name of the data: of the whole data set if `suffix` is None; otherwise of the rows of one evaluation.
+
+    Args:
+        suffix: the end of the evaluation's metrics in `run.json`, "" or "_mm". If only some rows were evaluated, the
+            name has their number.
+    """
     flags, task = run["arguments"], run["task"]
     given = flags.get("train_file") or flags.get("dataset_name") or flags.get("validation_file")
     name = f"GLUE {task}" if task in GLUE and not flags.get("train_file") else task

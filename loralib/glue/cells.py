@@ -11,8 +11,8 @@ from datasets import Dataset, Value
 
 from loralib.errors import InputError
 
-# The type of a column whose values have no common type; it keeps each value as JSON. It is refused only where such a
-# column is used.
+# The type of a column whose values have no common type; it keeps each value as JSON. Such a column is refused only if
+# it is used.
 MIXED = pa.struct([("any JSON value", pa.string())])
 # Python also reads 1_1, nan, inf and the digits of other scripts as numbers; in a label they are words.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -80,7 +80,7 @@ def utf8_column(dataset: Dataset, name: str, where: str) -> pa.ChunkedArray:
                     "write the text in UTF-8."
                 ) from error
         raise InputError(
-            f"{where} is damaged in its column {name} ({' '.join(str(error).split())[:200]}): write it anew."
+            f"{where} is damaged in its column {name} ({' '.join(str(error).split())[:200]}): write it again."
         ) from error
     return column
 

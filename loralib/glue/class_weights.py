@@ -62,5 +62,5 @@ def _weight(word: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise InputError(f"class_weights holds {word!r}, it must be 'balanced', or a finite number above 0 a class.")
+        raise InputError(f"class_weights holds {word!r}, it must be 'balanced', or a finite number above 0 per class.")
     return weight

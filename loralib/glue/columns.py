@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 # Usual names of text columns.
 TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"),
          ("sentence",), ("text",))  # fmt: skip
-# Names of labels and of indices as pandas writes them: never a text, unless a flag names the column.
+# Names of labels, and of indices as pandas writes them. Such a column is not a text unless a flag names it.
 _NO_TEXT = re.compile(r"labels?|idx|index|id||unnamed: \d+|__index_level_\d+__", re.IGNORECASE)
 # Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
@@ -24,14 +24,14 @@ _SAMPLE = 1000  # rows that `guess_texts` reads
 
 
 def find_column(names: Sequence[str], wanted: str) -> str | None:
-    """The column of this name; otherwise the only one whose name differs just in case or in spaces at its ends."""
+    """The column of this name. Otherwise case and spaces at the ends are ignored, and only one column may fit."""
     if wanted in names:
         return wanted
     close = [name for name in names if name.strip().casefold() == wanted.strip().casefold()]
     return close[0] if len(close) == 1 else None
 
 
-def name_labels(dataset: Dataset, flags: TableFlags, where: str) -> Dataset:
+def rename_label_column(dataset: Dataset, flags: TableFlags, where: str) -> Dataset:
     """Give the column of the labels the name `label`. A data set without such a column stays as it is."""
     names = dataset.column_names
     if flags.label_column is not None:
@@ -53,7 +53,7 @@ def name_labels(dataset: Dataset, flags: TableFlags, where: str) -> Dataset:
     return dataset.rename_column(found, "label")
 
 
-def named_texts(dataset: Dataset, flags: TableFlags, where: str) -> tuple[str, ...]:
+def find_text_columns(dataset: Dataset, flags: TableFlags, where: str) -> tuple[str, ...]:
     """The columns that --text_column and --text_column_2 name.
 
     Raises:
@@ -134,7 +134,7 @@ def rename_texts(dataset: Dataset, texts: Sequence[str], task_columns: Sequence[
         raise InputError(f"{where}: the task reads {' and '.join(task_columns)}, and --text_column names "
                          f"{' and '.join(texts)}: name as many columns as it reads.")  # fmt: skip
     if gone := [name for name in texts if name not in dataset.column_names]:
-        raise InputError(f"{where}: the column {gone[0]!r} is named for a text and for the labels: name another one.")
+        raise InputError(f"{where}: column {gone[0]!r} is both a text column and the label column: name another one.")
     keep = [*texts, *(["label"] if "label" in dataset.column_names else [])]
     renamed = {old: new for old, new in zip(texts, task_columns, strict=True) if old != new}
     dataset = dataset.select_columns(keep)

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from loralib.errors import InputError
 from loralib.glue.cells import listed
-from loralib.glue.columns import name_labels, named_texts, rename_texts
+from loralib.glue.columns import find_text_columns, rename_label_column, rename_texts
 from loralib.glue.labels import TableFlags
 from loralib.glue.recognise import recognise
 from loralib.glue.rows import checked_rows
@@ -59,17 +59,15 @@ def load(
 ) -> GlueData:
     """Load the splits that a run needs and decide which task they are (ledger D1; docs/data.md has the details).
 
-    `task_name` decides. Without it, the last name of the folder `dataset_name` decides, if it is the name of a task and
+    `task_name` decides. Without it, the last part of the path `dataset_name` decides, if it is the name of a task and
     the columns fit. Otherwise the data is a generic classification or regression task, and the log says so. The hub is
     never asked for a `dataset_name` that exists as a folder.
 
     Args:
-        known: the task of something that is trained already (an adapter, a model, a checkpoint). Its `label_names`,
-            None for a regression, decide the kind and the order of the classes, so `GlueData.task` may have another
-            order than `GLUE[task.name]`. The file may lack classes, or labels for a prediction. Names match without
-            regard to case, spaces, `_` and `-`. Whole numbers 0 to n - 1 in a file are indices of classes, and the log
-            says so; in GLUE's own data they follow GLUE's order. If its `text_columns` are empty, the file tells
-            which columns hold the texts; empty `metrics` stand for those of the kind.
+        known: the task of a trained model (an adapter, a model, a checkpoint). Its `label_names`, None for a
+            regression, decide the kind and the order of the classes, so `GlueData.task` may have another order than
+            `GLUE[task.name]`; loralib/glue/labels.py says how labels match them. If its `text_columns` are empty, the
+            file decides which columns hold the texts; empty `metrics` stand for those of the kind.
         others: the flags of the same names.
 
     Raises:
@@ -105,8 +103,8 @@ def load(
 
     def read(split: str) -> Dataset:
         table, where = source.splits[split].read(), source.splits[split].where
-        texts = named_texts(table, flags, where)  # first, because then `label` may become the name of another column
-        table = name_labels(table, flags, where)
+        texts = find_text_columns(table, flags, where)  # first, because the next line may rename a column to `label`
+        table = rename_label_column(table, flags, where)
         return rename_texts(table, texts, named.text_columns if named else texts, where) if texts else table
 
     # The training split comes first.
@@ -146,7 +144,7 @@ def load(
                            source.splits[halves[0]].name, use)  # fmt: skip
 
     def keyed(use: str) -> dict[str, Dataset]:
-        # Sorted, matched comes before mismatched, as in GLUE's reports.
+        # Sorting puts matched before mismatched, as in GLUE's reports.
         halves = sorted(split for split in rows if use_of(split) == use)
         return {task.name + ("-mm" if split.endswith("_mismatched") else ""): rows[split] for split in halves}
 

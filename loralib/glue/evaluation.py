@@ -15,8 +15,8 @@ from loralib.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
 
-# What `EvaluationCallback.look` adds to the history.
-LOOKED = ("rank_total", "remaining", "effective_rank", "budget", "rank_nonzero", "remaining_nonzero")
+# What `EvaluationCallback.measure_and_log` adds to the history.
+MEASURED = ("rank_total", "remaining", "effective_rank", "budget", "rank_nonzero", "remaining_nonzero")
 HELDOUT = "heldout"  # key of the half in `GlueData.evals`, and prefix of its metrics
 
 
@@ -26,13 +26,13 @@ def split_heldout(data: GlueData, seed: int) -> None:
     SoRA's paper evaluates the small tasks with such a split. MNLI's mismatched rows stay whole. Changes `data.evals`.
 
     Args:
-        seed: of the split alone, so that all runs of a comparison can share it whatever their own seeds are.
+        seed: only of the split, so that all runs of a comparison can share it although their own seeds differ.
     """
     name, rows = next(iter(data.evals.items()))
     order = np.random.default_rng(seed).permutation(len(rows))
     choose, report = (rows.select(sorted(part.tolist())) for part in np.array_split(order, 2))
     data.evals[name], data.evals[HELDOUT] = choose, report
-    logger.info("heldout_split %d: %d validation rows to choose by, %d held out", seed, len(choose), len(report))
+    logger.info("heldout_split %d: %d validation rows for choices, %d held out", seed, len(choose), len(report))
 
 
 def _numpy(value: Tensor | None) -> Any:
@@ -54,7 +54,7 @@ class EvaluationCallback(TrainerCallback):
         self.heldout_metrics: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that goes on from a checkpoint finds in its history what it has seen."""
+        """On resume, restore the step of the last evaluation from the history."""
         self.model_of_step = None
         for entry in state.log_history:
             if any(name.startswith("eval_") for name in entry):
@@ -79,20 +79,23 @@ class EvaluationCallback(TrainerCallback):
             self.heldout_metrics = dict(self.trainer.predict(self.heldout, metric_key_prefix=HELDOUT).metrics or {})
             entry |= self.heldout_metrics
         if state.is_world_process_zero:
-            entry |= self.look() if self.model_of_step is None else self._looked(state.log_history)
+            entry |= self.measure_and_log() if self.model_of_step is None else self._measured(state.log_history)
             if entry:
                 state.log_history.append({**entry, **of_step, "epoch": state.epoch, "step": state.global_step})
 
-    def _looked(self, history: list[dict[str, Any]]) -> dict[str, float]:
-        """What `look` returned at the step of the best model: a method's own state is still that of the last step."""
+    def _measured(self, history: list[dict[str, Any]]) -> dict[str, float]:
+        """The numbers at the step of the best model, from the history; a method's state is that of the last step."""
         then = next((e for e in history if e.get("step") == self.model_of_step and "rank_total" in e), {})
-        return {name: then[name] for name in LOOKED if name in then}
+        return {name: then[name] for name in MEASURED if name in then}
 
-    def look(self) -> dict[str, float]:
-        """Numbers of all adapted matrices together; TensorBoard also gets each matrix's and the heatmap.
+    def measure_and_log(self) -> dict[str, float]:
+        """Numbers of all adapted matrices together. TensorBoard gets them too, with each matrix's and a heatmap.
 
-        rank_total and remaining: ranks and elements of the factors that the method keeps, which an allocator's last
-        mask decides; then budget is its total, and rank_nonzero and remaining_nonzero count what is not 0 just now.
+        - rank_total, remaining: ranks and elements of the factors that the method keeps. With an allocator, its last
+          mask decides what is kept.
+        - effective_rank: the mean over the matrices.
+        - With an allocator only: budget is the allocator's total; rank_nonzero and remaining_nonzero count the values
+          that are not 0 at this moment.
         """
         layers = dict(adapted_layers(self.trainer.model))
         if not layers:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from loralib.errors import InputError
 from loralib.glue.launched import take_launcher_settings
-from loralib.glue.training_flags import check_after, check_before
+from loralib.glue.training_flags import check_optimizer_and_schedule, check_raw_flags
 from loralib.secrets import is_secret
 
 
@@ -38,19 +38,21 @@ class ModelArguments:
     model_revision: str = flag("main", "Branch, tag or commit of the model on the hub.")
     token: str | None = flag(None, "Access token for the hub.")
     trust_remote_code: bool = flag(False, "Run code that comes with the model. Off: only models of transformers.")
-    ignore_mismatched_sizes: bool = flag(False, "Start layers of another size anew instead of refusing the model.")
-    cls_dropout: float | None = flag(None, "Dropout before the classifier; the model's own where not given.")
+    ignore_mismatched_sizes: bool = flag(
+        False, "Give fresh weights to layers of another size instead of refusing the model."
+    )
+    cls_dropout: float | None = flag(None, "Dropout before the classifier; without the flag, the model's own.")
     attention: str = flag(
         "fast",
         "DeBERTa's attention: 'fast' computes what the 'stock' code does with less work.",
         choices=["fast", "stock"],
     )
-    # The trained head, which `start` finds before the data is read. It is no flag.
+    # The trained head, which `start` finds before the data is read. It is not a flag.
     head: Any = field(default=None, init=False, repr=False)  # heads.TrainedHead | None
 
     def __post_init__(self) -> None:
         if self.cls_dropout is not None and not 0 <= self.cls_dropout < 1:
-            raise InputError(f"cls_dropout is {self.cls_dropout}, it must lie in 0 to 1, below 1.")
+            raise InputError(f"cls_dropout is {self.cls_dropout}, it must be at least 0 and below 1.")
 
 
 @dataclass
@@ -71,19 +73,19 @@ class DataArguments:
         "--pad_to_max_length False.",
         choices=["fixed", "longest", "unpadded"],
     )
-    overwrite_cache: bool = flag(False, "Tokenise anew even where a cached result exists.")
+    overwrite_cache: bool = flag(False, "Tokenise again even where a cached result exists.")
     max_train_samples: int | None = flag(None, "Use only this many rows for training.")
     max_eval_samples: int | None = flag(None, "Use only this many rows for evaluation.")
     max_predict_samples: int | None = flag(None, "Use only this many rows for prediction.")
     train_file: str | None = flag(None, "Training rows as csv, tsv, json, jsonl or parquet.")
     validation_file: str | None = flag(None, "Validation rows, same format.")
     test_file: str | None = flag(None, "Test rows, same format.")
-    text_column: str | None = flag(None, "Column of the text; by default its name or its words tell.")
+    text_column: str | None = flag(None, "Column of the text; by default it is found by its name or its words.")
     text_column_2: str | None = flag(None, "Column of the second text, for pairs of texts.")
     label_column: str | None = flag(None, "Column of the labels; by default `label`.")
     label_type: str | None = flag(
         None,
-        "What labels are: classes or numbers of a regression. By default floats (0.0, 1.0, 2.5) are a regression, and "
+        "What labels are: classes or numbers of a regression. By default, floats (0.0, 1.0, 2.5) are a regression, and "
         "words and whole numbers are classes.",
         choices=["classes", "regression"],
     )
@@ -97,7 +99,7 @@ class DataArguments:
     validation_split: str | None = flag(None, "Name of the split to evaluate on.")
     test_split: str | None = flag(None, "Name of the split to predict.")
     heldout_split: int | None = flag(
-        None, "Seed: split the validation rows in halves, one to choose by (eval_*) and one to report (heldout_*)."
+        None, "Seed of a split of the validation rows into halves: eval_* for choices, heldout_* for the report."
     )
     predict_scores: bool = flag(
         False, "Add to each prediction the probability of every class, or the output of a regression."
@@ -156,7 +158,7 @@ class LoRAArguments:
         if scaling < SMALLEST_SCALING:
             raise InputError(f"lora_alpha / lora_r is {scaling:.3g}, it must be {SMALLEST_SCALING:.0e} or more.")
         if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"lora_dropout is {self.lora_dropout}, it must lie in 0 to 1, below 1.")
+            raise InputError(f"lora_dropout is {self.lora_dropout}, it must be at least 0 and below 1.")
         if not self.modules:
             raise InputError("lora_module is empty: name the layers to adapt, separated by commas.")
 
@@ -209,16 +211,16 @@ class GlueTrainingArguments(TrainingArguments):
 
     class_weights: list[str] | None = flag(
         None,
-        "Weight of each class in the training loss: 'balanced' (rows / (classes x rows of the class)), or one number a "
-        "class in the order of the label names; evaluation losses are not weighted.",
+        "Weight of each class in the training loss: 'balanced' (rows / (classes x rows of the class)), or one number "
+        "per class in the order of the label names; evaluation losses are not weighted.",
     )
 
     early_stopping_patience: int | None = flag(
         None,
-        "Stop after this many evaluations in a row that do not improve metric_for_best_model; with AdaLoRA only those "
-        "at the target budget count, with SoRA's schedule those of the last stage.",
+        "Stop after this many evaluations in a row that do not improve metric_for_best_model. AdaLoRA: only "
+        "evaluations at the target budget count. SoRA's schedule: only those of the last stage.",
     )
-    early_stopping_threshold: float | None = flag(None, "An improvement is more than this; 0 where not given.")
+    early_stopping_threshold: float | None = flag(None, "An improvement must be more than this; the default is 0.")
 
     # The stock filter hides a NaN loss and synchronises at each step. The trainer checks the loss itself.
     logging_nan_inf_filter: bool = flag(False, "Hide NaN and infinite losses in the logs (not advised).")
@@ -235,13 +237,13 @@ class GlueTrainingArguments(TrainingArguments):
             self.train_sampling_strategy = "group_by_length"
         if self.warmup_ratio is not None:
             if not 0 <= self.warmup_ratio < 1:
-                raise InputError(f"warmup_ratio is {self.warmup_ratio}, it must lie in 0 to 1, below 1.")
+                raise InputError(f"warmup_ratio is {self.warmup_ratio}, it must be at least 0 and below 1.")
             if self.warmup_ratio:
                 self.warmup_steps = self.warmup_ratio
         if self.no_cuda:
             self.use_cpu = True
         self.taken_from_launcher = take_launcher_settings(self)
-        check_before(self)
+        check_raw_flags(self)
         if not {"LOCAL_RANK", "RANK"} & os.environ.keys():
             self.ddp_backend = None  # a single process would wait for others
         for name, least in LEAST.items():
@@ -249,7 +251,7 @@ class GlueTrainingArguments(TrainingArguments):
                 raise InputError(f"{name} is {getattr(self, name)}, it must be {least} or more.")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, it must lie in 0 to 1, below 1.")
+                raise InputError(f"{name} is {getattr(self, name)}, it must be at least 0 and below 1.")
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**32:
                 raise InputError(f"{name} is {getattr(self, name)}, it must lie in 0 to {2**32 - 1}.")
@@ -266,7 +268,7 @@ class GlueTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model in ("mse", "eval_mse"):
             self.greater_is_better = False  # the stock rule knows this only of losses
         super().__post_init__()
-        check_after(self)
+        check_optimizer_and_schedule(self)
         self._check_early_stopping()
         if self.device.type == "cpu":  # the loader would warn that there is no GPU to pin memory for
             self.dataloader_pin_memory = False
@@ -293,7 +295,7 @@ class GlueTrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             raise InputError(
                 "--early_stopping_patience needs --metric_for_best_model, the name of a score or loss; "
-                "--load_best_model_at_end alone takes the loss."
+                "--load_best_model_at_end without it takes the loss."
             )
 
 

@@ -1,4 +1,4 @@
-"""The steps of an entry point under one name; the imports show where each of them lives.
+"""Re-exports the steps of an entry point, for user scripts; the imports show where each of them lives.
 
 The names at the end are those that entry points written after earlier versions of docs/variant.md call.
 """

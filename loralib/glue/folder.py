@@ -31,13 +31,15 @@ RUN_NAMES = re.compile(
     r"\.(run\.json|adapter\.(safetensors|json)|README\.md|predict_results_[\w-]+\.txt)(\.\d+)?\.tmp"
 )
 UNFINISHED = ".unfinished"  # a file that exists from the beginning of a training until its record is written
-# Files of a run before its first whole checkpoint: half a checkpoint, half of one that was being removed, and the files
-# of a sweep and of TensorBoard.
+# Files that a run may have before its first whole checkpoint: half a checkpoint, half of one that was being removed,
+# and the files of a sweep and of TensorBoard. All files of a run, finished or not, are in RUN_NAMES.
 EARLY = re.compile(r"checkpoint-\d+|\.checkpoint-\d+\.removed|runs|run\.log|\.lock|\.sweep\.lock")
 
 
 def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
     """Lock the output folder, and decide whether the run goes on from a checkpoint in it.
+
+    With --overwrite_output_dir the other files there are not looked at: `clear_output_dir` removes only those of a run.
 
     Returns:
         The checkpoint to go on from, or None for a fresh start.
@@ -54,7 +56,7 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
             if last is None:
                 raise InputError(
                     f"output_dir {folder} holds no checkpoint to resume from: leave --resume_from_checkpoint out to "
-                    "start anew."
+                    "start over."
                 )
             return str(last)
         named = Path(training.resume_from_checkpoint)
@@ -71,10 +73,10 @@ def prepare_output_dir(training: GlueTrainingArguments) -> str | None:
         return None
     last = whole_checkpoint(folder)
     if last is not None:
-        logger.info("going on from %s; --overwrite_output_dir would start anew", last)
+        logger.info("going on from %s; --overwrite_output_dir would start over", last)
         return str(last)
     # A run in stages has its checkpoints in the folders of the stages.
-    if not (_early(folder) or _has_stages(folder) or began_unfinished(folder)):
+    if not (_early(folder) or _has_stages(folder) or holds_unfinished_run(folder)):
         finished = record_of(folder).get("status") == "finished"
         raise InputError(
             f"output_dir {folder} {'holds a finished run and' if finished else 'is not empty and holds'} no "
@@ -88,7 +90,7 @@ def reserve(folder: Path, training: GlueTrainingArguments) -> None:
     """Lock a run's folder, from the first process.
 
     Raises:
-        InputError: another run holds it, it cannot be written to, or the run's record could not be.
+        InputError: another run holds it, it cannot be written to, or run.json is a folder.
     """
     if training.process_index == 0:
         lock(folder)
@@ -110,22 +112,24 @@ def whole_checkpoint(folder: Path) -> Path | None:
             except InputError as error:
                 raise InputError(
                     f"output_dir {folder} holds no whole checkpoint to resume from ({str(error).rstrip('.')}): name "
-                    "another folder, or give --overwrite_output_dir to start anew there."
+                    "another folder, or give --overwrite_output_dir to start over there."
                 ) from error
     return last
 
 
-def starts_clear(training: GlueTrainingArguments, checkpoint: str | None) -> bool:
-    """Whether the files of an earlier run are removed before this one trains: if a flag asks for it, or if that run
-    ended unfinished and without a checkpoint."""
+def must_clear(training: GlueTrainingArguments, checkpoint: str | None) -> bool:
+    """Whether the files of an earlier run must be removed before this one trains.
+
+    True if --overwrite_output_dir is given, or the earlier run ended before its first checkpoint.
+    """
     if not training.do_train or checkpoint is not None:
         return False
     folder = Path(training.output_dir)
-    return training.overwrite_output_dir or (began_unfinished(folder) and not _has_stages(folder))
+    return training.overwrite_output_dir or (holds_unfinished_run(folder) and not _has_stages(folder))
 
 
-def began_unfinished(folder: Path) -> bool:
-    """Whether a training began in the folder and nothing there is finished."""
+def holds_unfinished_run(folder: Path) -> bool:
+    """Whether a training began in the folder, and no record there says that it finished."""
     record = record_of(folder)
     arguments = record.get("arguments")
     trained = arguments.get("do_train") is not False if isinstance(arguments, dict) else True
@@ -202,8 +206,7 @@ def is_within(path: str, folder: str) -> bool:
 
 
 def clear_output_dir(run: Run) -> None:
-    """Remove the files of an earlier run, if `starts_clear` has said so. Call it when nothing can be refused any
-    more."""
+    """If `run.clear` is set, remove the files of an earlier run. Call it when nothing can be refused any more."""
     if not run.clear:
         return
     run.clear = False

@@ -30,7 +30,7 @@ GONE = {
     "push_to_hub_model_id": "give --hub_model_id",
     "push_to_hub_organization": "give --hub_model_id ORGANIZATION/NAME",
     "push_to_hub_token": "give --hub_token, or log in with 'hf auth login'",
-    "ray_scope": "leave it out, it served the search for hyperparameters alone",
+    "ray_scope": "leave it out, only the search for hyperparameters used it",
     "save_safetensors": "leave it out, weights are always saved as safetensors",
     "sharded_ddp": _FSDP,
     "split_batches": """give --accelerator_config '{"split_batches": true}'""",

@@ -1,12 +1,12 @@
 """The labels of a trained head: finds their names and order, and brings the data into this order.
 
 The order is decided by the first of these that exists: the config.json of the checkpoint that is resumed, adapter.json,
-the model's config, the task.
+the config.json beside it if adapter.json names no labels, the model's config, the task.
 """
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class TrainedHead:
     """What is known about a head before any data is read.
 
     source: the file that describes it, for messages.
-    label_names: in the order of the outputs, None for a regression; names such as LABEL_0 give nothing but the number.
+    label_names: in the order of the outputs, None for a regression; placeholders (LABEL_0) only tell the number.
     task: the name of the task, if it is recorded.
     unsupported: the property of its outputs that is not supported, in words; None if it is supported.
     resumed: whether it comes from the checkpoint from which the run goes on.
@@ -57,8 +57,8 @@ class TrainedHead:
         return f"the labels {listed(self.label_names)}"
 
     def as_task(self) -> Task:
-        """The task that the head was trained for, without columns, which the data decide. It has the name of a GLUE
-        task only if it has the labels of that task.
+        """The task that the head was trained for. It has no columns, because the data decide them, and it has the name
+        of a GLUE task only if it has the labels of that task.
 
         Raises:
             InputError: the head is `unsupported`.
@@ -104,12 +104,12 @@ def head_of_adapter(adapter: Adapter) -> TrainedHead | None:
     head, told = output_layer(adapter.rest), adapter.config.get("label_names", ())
     if head is None and not (adapter.config.get("head") and told):
         return None
-    number = len(told or "x") if head is None else adapter.rest[head[0]].shape[0]
+    number = _outputs(told) if head is None else adapter.rest[head[0]].shape[0]
     task = adapter.config.get("task")
     task = task if isinstance(task, str) else None
     if told or (told is None and number == 1):
         file = str(adapter.source / ADAPTER_CONFIG)
-        if len(told or "x") != number:
+        if _outputs(told) != number:
             raise InputError(
                 f"{file} names the labels {', '.join(told or ())} and its head has {number} output(s): they "
                 "belong to different runs."
@@ -119,23 +119,28 @@ def head_of_adapter(adapter: Adapter) -> TrainedHead | None:
     beside = find_json(adapter.source / "config.json") if adapter.source.is_dir() else None
     if beside is not None:
         found = head_of_config(beside, str(adapter.source / "config.json"))
-        if len(found.label_names or "x") == number:
+        if _outputs(found.label_names) == number:
             return replace(found, task=task or found.task)
     return TrainedHead(str(adapter.source), None if number == 1 else placeholders(number), task)
+
+
+def _outputs(names: Sequence[str] | None) -> int:
+    """The number of outputs of a head with these labels: 1 for a regression, which has none."""
+    return len(names) if names else 1
 
 
 def head_of_model(model: ModelArguments) -> TrainedHead | None:
     """The head of a model, by its config; None for a pretrained body without a classifier, or without a config.
 
     Raises:
-        InputError: --config_name asks for several labels a row.
+        InputError: --config_name asks for several labels per row.
     """
     name = os.path.expanduser(model.model_name_or_path)
     asked: dict[str, Any] = {"cache_dir": model.cache_dir, "revision": model.model_revision, "token": model.token}
     try:
         config, _ = PreTrainedConfig.get_config_dict(name, **asked)
         named = PreTrainedConfig.get_config_dict(model.config_name, **asked)[0] if model.config_name else config
-    except Exception:  # load_model will say what is wrong with it
+    except Exception:  # load_model reads the same files later and reports the error
         return None
     if named is not config and named.get("problem_type") == MULTI_LABEL:
         raise InputError(f"config_name {model.config_name} has problem_type {MULTI_LABEL}, which is not supported: a "
@@ -144,7 +149,7 @@ def head_of_model(model: ModelArguments) -> TrainedHead | None:
     classifies = isinstance(architectures, list) and any(str(a).endswith(CLASSIFIER) for a in architectures)
     head = head_of_config(named, f"the config of {model.config_name or model.model_name_or_path}")
     if not classifies and (head.label_names is None or unnamed_labels(head.label_names)):
-        return None  # a config that names labels is taken for that of a classifier, whatever else it lacks
+        return None  # a config that names labels is taken for that of a classifier, even if it lacks other entries
     record = find_json(Path(name) / "run.json") or {}
     return replace(head, task=head.task or (record["task"] if isinstance(record.get("task"), str) else None))
 
@@ -178,17 +183,17 @@ def head_of_config(config: Mapping[str, Any], source: str) -> TrainedHead:
 # ---- bring the data into the head's order ----
 
 
-def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
-    """The data with its labels in the order of the head.
+def in_order_of_head(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
+    """The data with its label ids changed to the order of the head.
 
-    If head and data are for different labels, training starts a new head and the log says so. An evaluation or a
+    If head and data are for different labels, training starts with a new head and the log says so. An evaluation or a
     resumed run is refused.
 
     Raises:
         InputError: nothing trains or a checkpoint is resumed, and the head is for other labels.
     """
     if fits(head, data.task):
-        return _in_order_of(data, head)
+        return _permuted(data, head)
     names = data.task.label_names
     ours = "a regression" if names is None else f"the labels {listed(names)}"
     what = f"{head.source} describes a head for {head} and the data is for {ours}"
@@ -199,7 +204,7 @@ def agree(data: GlueData, head: TrainedHead, trains: bool) -> GlueData:
                          "--overwrite_output_dir.")  # fmt: skip
     if not trains:
         raise InputError(f"{what}: give data with the labels that were trained, or train a new head by --do_train.")
-    logger.warning("%s: a new head starts", what)
+    logger.warning("%s: training starts with a new, random head", what)
     return data
 
 
@@ -212,7 +217,7 @@ def fits(head: TrainedHead, task: Task) -> bool:
     return places_in(task.label_names, head.label_names) is not None
 
 
-def _in_order_of(data: GlueData, head: TrainedHead) -> GlueData:
+def _permuted(data: GlueData, head: TrainedHead) -> GlueData:
     names, order = data.task.label_names, head.label_names
     if names is None or order is None or names == order:
         return data
@@ -226,7 +231,7 @@ def _in_order_of(data: GlueData, head: TrainedHead) -> GlueData:
     places = places_in(names, order)
     assert places is not None
     by_index = numbers and {*names} != {*order}
-    said = "the labels of the data are numbers and count by the index of" if by_index else "the labels have the order"
+    said = "the labels are numbers, which are read as indices into" if by_index else "the labels have the order"
     logger.info("%s %s, as in %s", said, listed(order), head.source)
 
     def moved(rows: Dataset) -> Dataset:

@@ -39,7 +39,8 @@ class TableFlags:
 class Labels:
     """A column of labels by its distinct values: row `i` has the label `words[of_row[i]]`.
 
-    A word has no spaces at its ends. The words of a ClassLabel are its names. A missing value is the word "".
+    Numbers are words too, as they are written. A word has no spaces at its ends. The words of a ClassLabel are its
+    names. A missing value is the word "".
     """
 
     words: list[str]
@@ -53,9 +54,8 @@ class Labels:
         """The rows that have one of the words."""
         return np.flatnonzero(np.isin(self.of_row, [i for i, word in enumerate(self.words) if word in words]))
 
-    def told(self, words: Collection[str]) -> str:
-        """A clause about the rows that have one of the words: `row 3 (counted from 0) and 7 others have the label
-        '-1'`."""
+    def describe_rows(self, words: Collection[str]) -> str:
+        """Describe the rows that have one of the words: `row 3 (counted from 0) and 7 others have the label '-1'`."""
         rows = self.rows(words)
         others = f" and {len(rows) - 1} other{'s' if len(rows) > 2 else ''} have" if len(rows) > 1 else " has"
         word = self.words[self.of_row[rows[0]]]
@@ -110,7 +110,7 @@ def _refuse_values(where: str, values: Any, bad: Sequence[bool], kind: str) -> N
         value = values[row].as_py() if isinstance(values[row], pa.Scalar) else values[row]
         raise InputError(
             f"{where}: row {row} (counted from 0) has the label {str(value)[:80]}, {kind}: a label may be a text, a "
-            "whole number, a float, or true or false; several labels a row (multi-label) are not supported."
+            "whole number, a float, or true or false; several labels per row (multi-label) are not supported."
         )
 
 
@@ -132,9 +132,12 @@ def _whole(word: str) -> str:
 
 
 def _missing(labels: Labels, flags: TableFlags, names: Collection[str]) -> set[str]:
-    """The words that mean a missing label: "", and pandas' words unless flags or names of classes make them classes."""
-    words = flags.label_type == "classes" and labels.is_text
-    return {w for w in labels.words if not w or (w.casefold() in _MISSING and w not in names and not words)}
+    """The words that mean "no label": the empty one, and nan, <na> and nat in any case.
+
+    Such a word of a text column is a class if --label_type is classes, or if a class has that name.
+    """
+    are_classes = flags.label_type == "classes" and labels.is_text
+    return {w for w in labels.words if not w or (w.casefold() in _MISSING and w not in names and not are_classes)}
 
 
 def classes_of(labels: Labels, flags: TableFlags, where: str) -> tuple[str, ...] | None:
@@ -155,8 +158,8 @@ def classes_of(labels: Labels, flags: TableFlags, where: str) -> tuple[str, ...]
     if flags.label_type is None:
         if bad := [w for w in words if w.casefold() in _INFINITE]:
             raise InputError(
-                f"{where}: {labels.told(bad)}, which is no finite number: repair the row, or give --label_type classes "
-                "if it is the name of a class."
+                f"{where}: {labels.describe_rows(bad)}, which is not a finite number: repair the row, or give "
+                "--label_type classes if it is the name of a class."
             )
         digits = labels.is_text and all(map(is_number, words))
         if words and (labels.is_float or (digits and not all(_WHOLE.fullmatch(w) and "." not in w for w in words))):
@@ -165,25 +168,28 @@ def classes_of(labels: Labels, flags: TableFlags, where: str) -> tuple[str, ...]
                                "classes.", where, listed(words))  # fmt: skip
             return None
         if labels.is_text and words and all(re.fullmatch(r"[+-]?\d+,\d+", w) for w in words):
-            raise InputError(f"{where}: {labels.told(words)}, a number with a comma: write it with a point.")
+            raise InputError(f"{where}: {labels.describe_rows(words)}, a number with a comma: write it with a point.")
         broken = [w for w in words if is_number(w) and not _WHOLE.fullmatch(w)]
         if broken and (bad := [w for w in words if not is_number(w)]) and not labels.is_float:
             raise InputError(
-                f"{where}: {labels.told(bad)}, among numbers such as {broken[0]}: repair the row, or give --label_type "
-                "classes if all of them are names of classes."
+                f"{where}: {labels.describe_rows(bad)}, among numbers such as {broken[0]}: repair the row, or give "
+                "--label_type classes if all of them are names of classes."
             )
+    # "-" is a class beside "+"
     marks = [w for w in words if w in _MARKS[:2] or (w == "-" and "+" not in words)]
     if marks and flags.unlabelled == "drop":
         words = [w for w in words if w not in marks]
         whole = [_WHOLE.fullmatch(w) is not None for w in words]
     elif marks and flags.label_type is None:
         raise InputError(
-            f"{where}: {labels.told(marks)}, which may stand for no label or be a class: --unlabelled drop leaves such "
-            "rows out, --label_type classes makes it a class, --label_type regression a number."
+            f"{where}: {labels.describe_rows(marks)}. It may mean 'no label' or be a class: --unlabelled drop leaves "
+            "such rows out, --label_type classes makes it a class, --label_type regression a number."
         )
     if flags.label_type is None and words and all(_LIST.fullmatch(w) for w in words):
-        raise InputError(f"{where}: {labels.told(words)}, and all labels look like lists: several labels a row "
-                         "(multi-label) are not supported; --label_type classes makes each text a class.")  # fmt: skip
+        raise InputError(
+            f"{where}: {labels.describe_rows(words)}, and all labels look like lists: several labels per row "
+            "(multi-label) are not supported; --label_type classes makes each text a class."
+        )
     if all(whole):
         words = sorted({_whole(w) for w in words}, key=lambda w: (int(w), w))
     else:
@@ -192,8 +198,8 @@ def classes_of(labels: Labels, flags: TableFlags, where: str) -> tuple[str, ...]
         raise InputError(f"{where} has no label in any of its {len(labels.of_row)} rows: --label_column names another "
                          "column.")  # fmt: skip
     if len(words) < 2:
-        raise InputError(f"{where} has the one label {', '.join(words)}: a classification needs two or "
-                         "more, a regression floats (or --label_type regression).")  # fmt: skip
+        raise InputError(f"{where} has only one label, {', '.join(words)}: a classification needs two or more classes, "
+                         "a regression needs floats (or --label_type regression).")  # fmt: skip
     _warn_of_classes(words, len(labels.of_row), where)
     return tuple(words)
 
@@ -206,7 +212,7 @@ def _warn_of_classes(names: Sequence[str], rows: int, where: str) -> None:
     for name in names:
         spellings.setdefault(name.casefold(), []).append(name)
     if alike := [", ".join(group) for group in spellings.values() if len(group) > 1]:
-        logger.warning("%s: labels that differ in case alone are different classes: %s.", where, listed(alike))
+        logger.warning("%s: labels that differ only in case are different classes: %s.", where, listed(alike))
     if words := [name for name in names if name.casefold() in ("none", "null", "na", "n/a")]:
         logger.warning("%s: %s is taken for a class, not for a missing label.", where, listed(words))
 
@@ -218,7 +224,8 @@ def label_ids(task: Task, trained: bool) -> dict[str, int]:
     """The id of the class for which each word stands.
 
     These words are the names of the classes and, for GLUE's tasks, the ids in GLUE's own order, which may differ from
-    that of `task.label_names`. If `trained`, the names are those of a trained model, and numbers are indices.
+    that of `task.label_names`. `trained`: the names come from a trained model; then a whole number stands for the class
+    with that index.
     """
     names = task.label_names or ()
     ids = {name: i for i, name in enumerate(names)}
@@ -271,11 +278,11 @@ def label_values(
     bad = [w for w in labels.words if w not in values and w not in missing]
     if is_test and (bad or missing):
         if bad or len(labels.rows(missing)) < len(labels.of_row):
-            logger.warning("%s: its labels are not used, since %s, and allowed is %s.", where,
-                           labels.told(bad or missing), allowed)  # fmt: skip
+            logger.warning("%s: its labels are ignored: %s. Allowed: %s.", where, labels.describe_rows(bad or missing),
+                           allowed)  # fmt: skip
         return np.full(len(labels.of_row), -1), None
     if bad:
-        raise InputError(f"{where}: {labels.told(bad)}, allowed is {allowed}: repair or remove the row.")
+        raise InputError(f"{where}: {labels.describe_rows(bad)}. Allowed: {allowed}. Repair or remove the row.")
     keep = None
     if missing:
         rows = labels.rows(missing)
@@ -283,8 +290,8 @@ def label_values(
             also = " (-1 or nothing marks hidden labels)" if missing & {"", *_MARKS} else ""
             way = "; --label_type classes makes it a class" if missing - {"", *_MARKS} and labels.is_text else ""
             raise InputError(
-                f"{where}: {labels.told(missing)}{also}, allowed is {allowed}: repair the row, or leave such rows out "
-                f"with --unlabelled drop{way}."
+                f"{where}: {labels.describe_rows(missing)}{also}. Allowed: {allowed}. Repair the row, or leave such "
+                f"rows out with --unlabelled drop{way}."
             )
         logger.warning("%s: %d of %d rows have no label and are left out (--unlabelled drop).", where, len(rows),
                        len(labels.of_row))  # fmt: skip
@@ -292,5 +299,5 @@ def label_values(
         if not len(keep):
             raise InputError(f"{where} has no row with a label: it needs at least 1.")
     if trained and task.name not in GLUE and {*map(_whole, labels.words)} & by_index(names).keys():
-        logger.info("%s: its labels are numbers and count by the index of %s.", where, listed(names))
+        logger.info("%s: its labels are numbers, which are read as indices into %s.", where, listed(names))
     return np.array([values.get(w, -1) for w in labels.words])[labels.of_row], keep

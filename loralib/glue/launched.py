@@ -35,8 +35,8 @@ def take_launcher_settings(args: Any) -> list[str]:
         if _on(variable):
             raise InputError(
                 f"accelerate launch asks for {what} ({variable}={os.environ[variable]}), which is not supported: "
-                "AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, which it shards; use a config file "
-                "without it, or torchrun."
+                "AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, and sharding splits these. Use a "
+                "config file without it, or torchrun."
             )
     taken = [*_take_precision(args), *_take_compiler(args)]
     if _on("ACCELERATE_USE_CPU") and not args.use_cpu:
@@ -46,7 +46,7 @@ def take_launcher_settings(args: Any) -> list[str]:
     if steps not in ("", "auto", "1", str(args.gradient_accumulation_steps)):
         raise InputError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps} and --gradient_accumulation_steps is "
-            f"{args.gradient_accumulation_steps}: the Trainer reads the flag alone, so give {steps} there or unset the "
+            f"{args.gradient_accumulation_steps}: the Trainer reads only the flag, so give {steps} there or unset the "
             "variable."
         )
     return taken
@@ -77,8 +77,8 @@ def _take_compiler(args: Any) -> list[str]:
         # accelerate reads these variables even if --torch_compile sets the backend.
         if _on(_DYNAMO + name) and (backend != "no" or args.torch_compile):
             raise InputError(
-                f"accelerate launch asks for --dynamo_{name.lower()}, which is not supported: give --torch_compile "
-                "with --torch_compile_backend and --torch_compile_mode alone."
+                f"accelerate launch asks for --dynamo_{name.lower()}, which is not supported: give only "
+                "--torch_compile with --torch_compile_backend and --torch_compile_mode."
             )
     # accelerate launch always sets this to False, but by default torch decides for itself.
     os.environ.pop(f"{_DYNAMO}USE_DYNAMIC", None)

@@ -1,4 +1,4 @@
-"""The official GLUE metrics without network: an `evaluate` metric on scikit-learn and scipy, with the official keys."""
+"""The official GLUE metrics and keys, offline, as an `evaluate` metric built on scikit-learn and scipy."""
 
 import logging
 import re
@@ -94,7 +94,7 @@ def _scores_of_classes(predictions: np.ndarray, references: np.ndarray, names: S
     absent = [name for i, name in enumerate(names) if not np.any(predictions == i) and not np.any(references == i)]
     if absent:
         logger.warning(
-            "no row and no prediction is of the class %s: its scores are reported as 0, and f1_macro leaves it out.",
+            "class %s has neither rows nor predictions: its scores are reported as 0, and f1_macro leaves it out.",
             ", ".join(map(repr, absent)),
         )
     result = {MACRO: float(f1_score(references, predictions, average="macro", zero_division=0.0))}
@@ -149,7 +149,7 @@ def one_class(task: Task, references: Any) -> dict[str, float]:
     if task.name in GLUE:
         references = np.asarray(glue_ids(task))[references]
     answers = np.full_like(references, np.bincount(references).argmax())
-    # a correlation with a constant is 0 here as in every evaluation, but that is no news for the log
+    # a correlation with a constant is 0 here as in every evaluation, but that need not be logged again
     return {m: 0.0 if m == "matthews_correlation" else _SCORES[m](answers, references) for m in task.metrics}
 
 
@@ -192,8 +192,8 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     """The function with which a Trainer computes the scores of an evaluation."""
 
     def compute(evaluation: EvalPrediction) -> dict[str, float]:
-        # A fresh metric each time holds no rows of an interrupted evaluation.
         predictions = to_labels(evaluation.predictions, task)
+        # A fresh metric each time holds no rows of an interrupted evaluation.
         return GlueMetric(task).compute(predictions=predictions, references=evaluation.label_ids)
 
     return compute

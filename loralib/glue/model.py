@@ -97,8 +97,8 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
             what = "its weights are not a file of tensors"
         if "ignore_mismatched_sizes" in what:
             what = (
-                "some layers have other sizes than the task's head and the config ask for, see above: "
-                "--ignore_mismatched_sizes starts them anew"
+                "some layers have sizes that do not match the config and the task's head (listed above): "
+                "--ignore_mismatched_sizes replaces them by fresh ones"
             )
             way = ""
         raise InputError(f"the model {name} cannot be loaded{where}: {what}{way}") from error
@@ -129,10 +129,10 @@ def _same_outputs(names: tuple[str, ...] | None, task: Task) -> bool:
 
 
 def _renew_output(model: Any, mismatched: Iterable[Any], args: ModelArguments) -> None:
-    """Start the last layer of the head anew.
+    """Give fresh weights to the last layer of the head.
 
     Args:
-        mismatched: keys that have started anew already, because they have another shape.
+        mismatched: keys of weights that are fresh already, because they have another shape.
 
     Raises:
         InputError: one of these keys lies outside the head, and --ignore_mismatched_sizes is off.
@@ -143,7 +143,7 @@ def _renew_output(model: Any, mismatched: Iterable[Any], args: ModelArguments) -
     if foreign and not args.ignore_mismatched_sizes:
         raise InputError(
             f"the weights of {args.model_name_or_path} do not fit its config: {foreign[0]!r} has another shape; "
-            "--ignore_mismatched_sizes starts such layers anew."
+            "--ignore_mismatched_sizes gives fresh weights to such layers."
         )
     if keys:
         return
@@ -156,21 +156,19 @@ def _renew_output(model: Any, mismatched: Iterable[Any], args: ModelArguments) -
 
 
 def _set_cls_dropout(config: Any, value: float) -> None:
-    if not 0 <= value < 1:
-        raise InputError(f"cls_dropout is {value}, it must lie in 0 to 1, below 1.")
     names = ("cls_dropout", "classifier_dropout", "seq_classif_dropout")
     known = [n for n in names if hasattr(config, n)] or (
         ["cls_dropout"] if config.model_type.startswith("deberta") else []
     )
     if not known:
         raise InputError(
-            f"cls_dropout {value} has no place in a model of type {config.model_type}: leave the flag out."
+            f"cls_dropout is {value}, but models of type {config.model_type} have no classifier dropout: leave it out."
         )
     setattr(config, known[0], value)
 
 
 def load_lora_path(model: nn.Module, path: str) -> None:
-    """Start from the adapter of `--lora_path`. The log names what was not simply copied, such as a new head."""
+    """Start from the adapter of `--lora_path`. Warnings name what could not be copied as it is, such as a head."""
     lines = load_lora(model, path)
     logger.info("loaded the adapter %s", path)
     for line in lines:
@@ -183,7 +181,7 @@ def snapshot_commit(model: ModelArguments) -> str | None:
         file = try_to_load_from_cache(
             model.model_name_or_path, "config.json", cache_dir=model.cache_dir, revision=model.model_revision
         )
-    except ValueError:  # it is no name on the hub
+    except ValueError:  # it is not a name on the hub
         return None
     parts = Path(file).parts if isinstance(file, str) else ()
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None

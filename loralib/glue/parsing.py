@@ -1,4 +1,4 @@
-"""Reads flags from the command line and from JSON or YAML files into dataclasses, and ends a program."""
+"""Reads flags from the command line and from JSON or YAML files into dataclasses, and gives `main` its exit status."""
 
 import argparse
 import difflib
@@ -24,8 +24,7 @@ from loralib.glue.gone import GONE
 from loralib.glue.training_flags import REFUSED
 from loralib.secrets import hide, is_secret, remember
 
-# By a flag's older name: its name of today, and a function from the older flag's value to today's. If both are given,
-# the later one counts.
+# Older flag -> (current flag, function that converts the value). If both are given, the later one counts.
 OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "evaluation_strategy": ("eval_strategy", lambda value: value),
     "warmup_ratio": ("warmup_steps", lambda value: value),
@@ -39,7 +38,7 @@ LARGEST_FLOAT = 3.4028234663852886e38  # the largest float32, since a run comput
 # Ends of the names of flags that hold paths.
 PATHS = ("_dir", "_file", "_path", "_name", "glue_submission", "resume_from_checkpoint")
 # The longest path that a run appends to a path of its flags.
-BELOW = "stage-100/checkpoint-1000000/special_tokens_map.json.tmp"
+LONGEST_SUFFIX = "stage-100/checkpoint-1000000/special_tokens_map.json.tmp"
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -84,7 +83,7 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message[:1].upper()}{message[1:]}; --help lists all flags.")
 
     def destination(self, word: str) -> str | None:
-        """The field that a word of the command line sets; None if the word is no flag, or an ambiguous one."""
+        """The field that a word of the command line sets; None if the word is not a flag, or an ambiguous one."""
         name = word.partition("=")[0]
         options = {option: action.dest for action in self._actions for option in action.option_strings}
         if not name.startswith("--") or name in options:
@@ -95,7 +94,7 @@ class _Parser(HfArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does. If a flag is given under both of its names, the later one counts.
 
-        A word that is no flag is refused first, because it may be a flag that is missing, misspelt.
+        A misspelt flag is reported before a missing one, because it may be the same flag.
         """
         needed = [action for action in self._actions if action.required]
         for action in needed:
@@ -201,11 +200,11 @@ def _file_words(parser: Any, classes: Sequence[type], path: Path) -> list[str]:
             words[name] = f"{option}={'no' if off else value}"  # YAML reads "save_strategy: no" as false
     for older, (today, value_of) in OLDER.items():
         if older in words and today in words:
-            one, other = (_value(actions[name], words[name]) for name in (older, today))
+            value, current = (_value(actions[name], words[name]) for name in (older, today))
             default = actions[older].default
-            if one == default or (not one and not default):  # the file is a dump of all arguments, with defaults
+            if value == default or (not value and not default):  # the file is a dump of all arguments, with defaults
                 del words[older]
-            elif other == actions[today].default or value_of(one) == other:
+            elif current == actions[today].default or value_of(value) == current:
                 del words[today]
             else:
                 raise InputError(f"{path}: {older} and {today} mean the same and differ here: keep {today}.")
@@ -244,7 +243,7 @@ def check_value(name: str, value: Any) -> None:
                 check_value(name, json.loads(value))
         if name.endswith(PATHS):
             try:
-                os.lstat(os.path.join(os.path.expanduser(value), BELOW))
+                os.lstat(os.path.join(os.path.expanduser(value), LONGEST_SUFFIX))
             except UnicodeEncodeError as error:
                 raise InputError(f"{name} is {value!a:.100}, it holds characters that no path may hold.") from error
             except OSError as error:
@@ -270,7 +269,7 @@ def _refuse_unknown(parser: Any, words: Iterable[str]) -> None:
         if plain in GONE:
             raise InputError(f"{name} is not a flag any more: {GONE[plain]}.")
         if name.endswith(SUFFIXES):
-            raise InputError(f"{name} stands behind flags: a file of flags comes first, flags that override it later.")
+            raise InputError(f"{name} must come before the flags; flags after it override it.")
         hint = f"did you mean {close[0]}?" if close else "--help lists all flags."
         raise InputError(f"{name} is not a flag of this program: {hint}")
 
@@ -284,8 +283,8 @@ def command(main: Callable[[], Any]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
         print(
-            f"{Path(sys.argv[0]).name}: stopped by Ctrl-C; the same command goes on from the last checkpoint, or "
-            "starts anew where there is none, or with --overwrite_output_dir (SIGTERM would have written one).",
+            f"{Path(sys.argv[0]).name}: stopped by Ctrl-C, which writes no checkpoint (SIGTERM does). The same command "
+            "goes on from the last checkpoint, or starts over if there is none. Leave out --overwrite_output_dir.",
             file=sys.stderr,
         )
     except (InputError, RunError, OSError) as raised:

@@ -27,7 +27,7 @@ def write_predictions(
     """Write predict_results_<split_name>.txt: the position of each row, its label's name or number, and its scores.
 
     Columns are separated by tabs. As by the csv module, a cell with a tab, a line end or a quote mark is quoted, and
-    its quote marks are doubled. A number has the fewest digits from which the float32 can be restored.
+    its quote marks are doubled. A number is the shortest decimal that restores the float32.
 
     Args:
         split_name: a key of `GlueData.tests`.

@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Value
 from loralib.adapters.names import plain_label, unnamed_labels
 from loralib.errors import InputError
 from loralib.glue.cells import listed
-from loralib.glue.columns import guess_texts, named_texts
+from loralib.glue.columns import find_text_columns, guess_texts
 from loralib.glue.labels import TableFlags, classes_of, label_ids, read_labels
 from loralib.glue.sources import Source, use_of
 from loralib.glue.tasks import GLUE, Task
@@ -20,40 +20,40 @@ _METRICS = {"classification": ("accuracy",), "regression": ("mse", "pearson", "s
 
 
 def recognise(
-    first: tuple[str, Dataset],
-    with_classes: Callable[[], tuple[str, Dataset]],
+    first_split: tuple[str, Dataset],
+    read_class_split: Callable[[], tuple[str, Dataset]],
     source: Source,
-    named: Task | None,
+    task_of_flag: Task | None,
     known: Task | None,
     flags: TableFlags,
 ) -> Task:
     """The task of the data (ledger D1).
 
     Args:
-        first: name and rows of a split that this run reads.
-        with_classes: reads the split that should have all classes.
+        first_split: name and rows of a split that this run reads.
+        read_class_split: reads the split that should have all classes.
         source: where the data is.
-        named: the task of `task_name`.
-        known: the task of something that is trained already.
+        task_of_flag: the task of `task_name`.
+        known: the task of a trained model.
 
     Raises:
-        InputError: the data is of another kind than a flag, a task or a trained model, or its columns tell nothing.
+        InputError: the data contradicts a flag, the task or the trained model, or its columns cannot be told apart.
     """
-    split, table = first
+    split, table = first_split
     where = source.splits[split].where
-    glue = named
-    for task in (source.candidate, GLUE.get(known.name) if known is not None else None):
+    glue = task_of_flag
+    for task in (source.suggested_task, GLUE.get(known.name) if known is not None else None):
         if glue is None and task is not None and not flags.text_columns and _fits(table, task, where):
             glue = task
             logger.info("Task %s: %s has its name and its columns.", task.name, source.place)
     if known is not None:
         if unnamed_labels(known.label_names or ()):
-            known = replace(known, label_names=_names_for(known, glue, with_classes, source, flags))
+            known = replace(known, label_names=_names_for(known, glue, read_class_split, source, flags))
         task = _of_known(known, glue, table, where, source, flags)
     elif glue is not None:
         task = glue
     else:
-        task = _generic(*with_classes(), source, flags)
+        task = _generic(*read_class_split(), source, flags)
     kind = "regression" if task.label_names is None else "classes"
     if flags.label_type not in (None, kind):
         raise InputError(f"label_type is {flags.label_type} and {task.name} is a task of {kind}: leave the flag out.")
@@ -83,38 +83,42 @@ def _fits(table: Dataset, task: Task, where: str) -> bool:
 
 
 def _of_known(known: Task, glue: Task | None, table: Dataset, where: str, source: Source, flags: TableFlags) -> Task:
-    """The task `known` of something that is trained already, with the text columns of the data."""
+    """The task `known` of a trained model, with the text columns of the data."""
     if glue is not None:
         ours, theirs = glue.label_names, known.label_names
         differ = (ours is None) != (theirs is None)
         if differ or {*map(plain_label, ours or ())} != {*map(plain_label, theirs or ())}:
             raise InputError(
-                f"{source.place} is {glue.name} with {_labels_in_words(glue)}, and what is trained knows "
+                f"{source.place} is {glue.name} with {_labels_in_words(glue)}, and the trained model knows "
                 f"{_labels_in_words(known)}: use data of the task that it was trained on."
             )
         return replace(glue, label_names=known.label_names)
     texts = known.text_columns
     if flags.text_columns:
-        texts = named_texts(table, flags, where)
+        texts = find_text_columns(table, flags, where)
     elif not texts or not set(texts).issubset(table.column_names):
         texts = guess_texts(table, where)
     if known.text_columns and len(texts) != len(known.text_columns):
         raise InputError(
-            f"{where}: what is trained reads {' and '.join(known.text_columns)}, and here the texts are "
+            f"{where}: the trained model reads {' and '.join(known.text_columns)}, but the texts of this file are "
             f"{' and '.join(texts)}: name as many with --text_column and --text_column_2."
         )
     trained = GLUE[known.name].text_columns if known.name in GLUE else texts
     if len(texts) != len(trained):
-        logger.warning("%s: what is trained is %s, which reads %s, and here is %s alone.", where, known.name,
+        logger.warning("%s: the trained model is for %s, which reads %s, but here is only %s.", where, known.name,
                        " and ".join(trained), " and ".join(texts))  # fmt: skip
     kind = "regression" if known.label_names is None else "classification"
-    logger.info("%s: %s of %s, with %s of what is trained.", where, kind, " and ".join(texts),
+    logger.info("%s: %s of %s, with %s of the trained model.", where, kind, " and ".join(texts),
                 _labels_in_words(known))  # fmt: skip
     return Task(kind, texts, known.label_names, known.metrics or _METRICS[kind])
 
 
 def _names_for(
-    known: Task, glue: Task | None, with_classes: Callable[[], tuple[str, Dataset]], source: Source, flags: TableFlags
+    known: Task,
+    glue: Task | None,
+    read_class_split: Callable[[], tuple[str, Dataset]],
+    source: Source,
+    flags: TableFlags,
 ) -> tuple[str, ...]:
     """Names for the classes of a head without names: those of the task or of the data, if there are as many.
 
@@ -125,7 +129,7 @@ def _names_for(
     if glue is not None:
         named = glue
     else:
-        split, table = with_classes()
+        split, table = read_class_split()
         if use_of(split) == "test" or "label" not in table.column_names:
             return numbers
         where = source.splits[split].where
@@ -135,8 +139,9 @@ def _names_for(
         named = Task("data", (), classes_of(labels, flags, where), ())
     if named.label_names is None or named.num_labels != known.num_labels:
         raise InputError(
-            f"{source.place} has {_labels_in_words(named)}, and what is trained has {known.num_labels} classes without "
-            f"names: give data with all {known.num_labels} of them, or numbers from 0 to {known.num_labels - 1}."
+            f"{source.place} has {_labels_in_words(named)}, and the trained model has {known.num_labels} classes "
+            f"without names: give data with all {known.num_labels} of them, or numbers from 0 to "
+            f"{known.num_labels - 1}."
         )
     return named.label_names
 
@@ -145,7 +150,7 @@ def _generic(split: str, table: Dataset, source: Source, flags: TableFlags) -> T
     where = source.splits[split].where
     if len(table) == 0:
         raise InputError(f"{where} has no rows: it needs at least 1.")
-    texts = named_texts(table, flags, where) if flags.text_columns else guess_texts(table, where)
+    texts = find_text_columns(table, flags, where) if flags.text_columns else guess_texts(table, where)
     if "label" not in table.column_names:
         name = f"{flags.label_column!r} (label_column)" if flags.label_column else "`label`"
         way = "name the one that holds the labels with --label_column"
@@ -156,11 +161,11 @@ def _generic(split: str, table: Dataset, source: Source, flags: TableFlags) -> T
     kind = "regression" if names is None else "classification"
     task = Task(kind, texts, names, _METRICS[kind])
     logger.warning(
-        "%s is %s: generic %s of %s (--text_column), labels from %s (--label_column): %s (--label_type). Give "
-        "task_name for a GLUE task.",
+        "%s is %s, so this is a generic %s. Texts: %s (--text_column). Labels: column %s (--label_column), which "
+        "holds %s (--label_type). For a GLUE task give --task_name.",
         source.place,
-        f"named like {source.candidate.name} but has other columns or labels"
-        if source.candidate
+        f"named like {source.suggested_task.name} but has other columns or labels"
+        if source.suggested_task
         else "not recognised as a GLUE task",
         kind,
         " and ".join(texts),

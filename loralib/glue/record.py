@@ -27,14 +27,13 @@ RUN_VERSION = 1
 
 
 def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: str, metrics: dict[str, Any]) -> None:
-    """Write `run.json`, which the report reads. An evaluation alone does not replace the record of a training."""
+    """Write `run.json`, which the report reads. An evaluation does not replace the record of a training."""
     training = run.training
     if not training.do_train and _is_of_a_training(record_of(Path(training.output_dir))):
-        logger.info("%s stays the record of the training; what was computed now is beside it", RUN_FILE)
+        logger.info(
+            "%s is unchanged: it is the record of the training. The results of this run are beside it", RUN_FILE
+        )
         return
-    summary = {
-        k: v for c in trainer.callback_handler.callbacks if hasattr(c, "summary") for k, v in c.summary().items()
-    }
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     seconds = time.time() - run.started
     record = {
@@ -57,13 +56,19 @@ def write_run(run: Run, trainer: LoRATrainer, method: str, task: str, status: st
         "wall_seconds": round(seconds, 3),
         "total_seconds": round(seconds + run.seconds_before + trainer.seconds_before, 3),
         **run.facts,
-        **summary,
+        **summaries(trainer),
     }
-    write_json(Path(training.output_dir) / RUN_FILE, hide(run.complete(record)), default=str)
+    write_json(Path(training.output_dir) / RUN_FILE, hide(run.finish_record(record)), default=str)
+
+
+def summaries(trainer: LoRATrainer) -> dict[str, Any]:
+    """The facts that the trainer's callbacks tell in their `summary()`."""
+    callbacks = trainer.callback_handler.callbacks
+    return {k: v for c in callbacks if hasattr(c, "summary") for k, v in c.summary().items()}
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """The `run.json` of a folder; {} where there is none, or the file is no record."""
+    """The `run.json` of a folder; {} if there is none, or the file is not a record."""
     return find_json(folder / RUN_FILE) or {}
 
 

@@ -21,7 +21,7 @@ def checked_rows(
     """The text columns and `label` of one split.
 
     Args:
-        trained: whether the classes are those of something that is trained already.
+        trained: whether the classes come from a trained model.
         spaced: a list to which labels with spaces at their ends are added.
 
     Raises:
@@ -48,7 +48,7 @@ def checked_rows(
     except InputError as error:
         if not is_test:
             raise
-        logger.warning("%s: its labels are not used (%s).", where, error)
+        logger.warning("%s: its labels are ignored (%s).", where, error)
         return rows.add_column("label", [-1] * len(rows), feature=Value(dtype))
     values, keep = label_values(labels, task, flags, where, is_test, trained)
     spaced.extend(labels.spaced)
@@ -78,6 +78,6 @@ def _check_texts(table: Dataset, name: str, task: Task, where: str) -> None:
     # QQP's release has a few questions without words. Everywhere else an empty text is a mistake in the data.
     if not task.drops_cut_rows or column.null_count:
         row = empty[0].as_py()
-        raise InputError(f"{where}: row {row} (counted from 0) has an empty {name}, as have {len(empty) - 1} others: "
-                         "fill or remove them.")  # fmt: skip
+        others = f", and {len(empty) - 1} others have one too" if len(empty) > 1 else ""
+        raise InputError(f"{where}: row {row} (counted from 0) has an empty {name}{others}: fill or remove such rows.")
     logger.warning("%s: %d rows have an empty %s, as released.", where, len(empty), name)

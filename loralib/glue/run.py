@@ -1,4 +1,4 @@
-"""The beginning of a run: its flags are checked, its output folder is prepared and its data are loaded."""
+"""Begins a run: logging, checks of the flags, the output folder, the trained head if there is one, seed and data."""
 
 import logging
 import os
@@ -17,8 +17,8 @@ from loralib.glue.caches import use_writable_caches
 from loralib.glue.data import GlueData, load
 from loralib.glue.evaluation import split_heldout
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments
-from loralib.glue.folder import check_inputs_stay, prepare_output_dir, starts_clear
-from loralib.glue.heads import agree, trained_head
+from loralib.glue.folder import check_inputs_stay, must_clear, prepare_output_dir
+from loralib.glue.heads import in_order_of_head, trained_head
 from loralib.glue.parsing import flag_files
 from loralib.glue.predictions import check_submission
 from loralib.glue.training_flags import check_compiler, warn_of
@@ -38,8 +38,8 @@ class Run:
     command: the command line, for the record.
     clear: whether the output folder is still to be cleared of an earlier run.
     started: the time at which the run began, in seconds since 1970.
-    seconds_before: what earlier processes have trained for stages that this one finds finished or begun.
-    complete: adds entries to the record before it is written.
+    seconds_before: training seconds of earlier stages and processes.
+    finish_record: adds entries to the record before it is written.
     facts: further entries of the record.
     """
 
@@ -51,7 +51,7 @@ class Run:
     clear: bool = False
     started: float = field(default_factory=time.time)
     seconds_before: float = 0.0
-    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    finish_record: Callable[[dict[str, Any]], dict[str, Any]] = dict
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -80,7 +80,7 @@ def start(
     """Set up logging, check the flags, prepare the output folder and set the seed. Call it first.
 
     Args:
-        argv: the flags, where they are not those of the process.
+        argv: the flags; None: those of the process.
 
     Raises:
         InputError: flags contradict each other, or the output folder cannot be used.
@@ -91,9 +91,9 @@ def start(
     command = sys.argv if argv is None else [sys.argv[0], *argv]
     with training.main_process_first(desc="output folder"):
         checkpoint = prepare_output_dir(training)
-        clear = starts_clear(training, checkpoint)
+        clear = must_clear(training, checkpoint)
         if clear and not training.overwrite_output_dir:
-            logger.warning("%s: a run ended here before its first checkpoint; it starts anew", training.output_dir)
+            logger.warning("%s: a run ended here before its first checkpoint; it starts over", training.output_dir)
     if clear:
         check_inputs_stay(training.output_dir, (model_args, data_args, lora_args), flag_files(command[1:]))
     _find_head(training, model_args, lora_args, checkpoint)
@@ -122,13 +122,13 @@ def _check_flags(training: GlueTrainingArguments, model_args: ModelArguments, lo
     check_loading(training)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and training.world_size == 1:
         raise InputError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes and each would train alone: there are not as many "
-            "GPUs; on the CPU give --use_cpu, else start one process for each GPU (--nproc_per_node)."
+            f"torchrun started {os.environ['WORLD_SIZE']} processes and each would train by itself: there are not as "
+            "many GPUs; on the CPU give --use_cpu, else start one process for each GPU (--nproc_per_node)."
         )
     if training.auto_find_batch_size and training.world_size > 1:
         raise InputError(
-            f"--auto_find_batch_size works in one process, here are {training.world_size}: one that runs out of memory "
-            "alone would leave the others waiting; set --per_device_train_batch_size."
+            f"--auto_find_batch_size works in one process, here are {training.world_size}: if one of them ran out of "
+            "memory, the others would wait for it; set --per_device_train_batch_size."
         )
     if not (training.do_train or training.do_eval or training.do_predict):
         raise InputError("nothing to do: give --do_train, --do_eval or --do_predict.")
@@ -141,7 +141,7 @@ def _check_flags(training: GlueTrainingArguments, model_args: ModelArguments, lo
             "neither --do_train nor --lora_path is given: the low-rank factors are untrained and add nothing"
         )
     if not training.do_train and model_args.ignore_mismatched_sizes:
-        raise InputError("--ignore_mismatched_sizes needs --do_train: layers that start anew would answer at random.")
+        raise InputError("--ignore_mismatched_sizes needs --do_train: layers with fresh weights give random answers.")
     there = transformers.integrations.get_available_reporting_integrations()
     for name in training.report_to:
         if name not in ("none", "all") and name not in there:
@@ -199,7 +199,7 @@ def load_data(training: GlueTrainingArguments, model_args: ModelArguments, data_
     if data_args.predict_scores and not training.do_predict:
         raise InputError("--predict_scores needs --do_predict: it adds columns to the file of predictions.")
     if model_args.head is not None:
-        data = agree(data, model_args.head, training.do_train)
+        data = in_order_of_head(data, model_args.head, training.do_train)
     if data_args.glue_submission:
         check_submission(data_args.glue_submission, data.task, training.do_predict)
     if data_args.heldout_split is not None and training.do_eval:

@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset
 
 from loralib.errors import InputError
 from loralib.glue.cells import joined
-from loralib.glue.tables import SUFFIXES, brief, hub_columns, read_file, read_msr_paraphrase, stem_and_suffix
+from loralib.glue.tables import SUFFIXES, brief, read_file, read_msr_paraphrase, rename_to_hub_columns, stem_and_suffix
 from loralib.glue.tasks import GLUE, Task, task_of_folder
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Split:
     """A split of the data."""
 
     name: str  # in its source
-    where: str  # the place in words, for messages
+    where: str  # file or folder and name of the split, for messages
     read: Callable[[], Dataset]  # reads its rows
 
 
@@ -47,8 +47,8 @@ class Source:
     """The place of the data."""
 
     splits: dict[str, Split]  # by use: train, validation, test, validation_matched, ...
-    candidate: Task | None  # the task that its name suggests
-    place: str  # the place in words, for messages
+    suggested_task: Task | None  # the task that its name suggests
+    place: str  # the files, the folder or the name on the hub, for messages
 
 
 def use_of(split: str) -> str:
@@ -84,16 +84,16 @@ def find(
             "given: name the data once, as dataset_name or as files."
         )
     if given:
-        if flag := next((use for use, name in named_splits.items() if name is not None), None):
+        if named := next((use for use, name in named_splits.items() if name is not None), None):
             raise InputError(
-                f"{flag}_split {named_splits[flag]!r} names a split of dataset_name, and the data comes as files: "
+                f"{named}_split {named_splits[named]!r} names a split of dataset_name, and the data comes as files: "
                 "leave it out."
             )
         splits = {use: Split(use, file, _reader([_existing(use, file)], task, use)) for use, file in given.items()}
         source = Source(splits, task, ", ".join(given.values()))
     else:
-        readers, candidate, place = _place(task, dataset_name, config_name, cache_dir, token)
-        source = Source(_by_use(readers, named_splits, wanted, place), candidate, place)
+        readers, suggested_task, place = _place(task, dataset_name, config_name, cache_dir, token)
+        source = Source(_by_use(readers, named_splits, wanted, place), suggested_task, place)
     for use, flag in USES.items():
         if wanted[use] and not any(use_of(split) == use for split in source.splits):
             names = ", ".join(given or readers)
@@ -106,7 +106,7 @@ def find(
 def _existing(use: str, file: str) -> Path:
     path = Path(os.path.expanduser(file))  # Path's own expanduser raises for a ~name that does not exist
     if not os.path.isfile(path):
-        what = "is no regular file" if os.path.exists(path) else "does not exist"
+        what = "is not a regular file" if os.path.exists(path) else "does not exist"
         what = "is a folder (see dataset_name)" if os.path.isdir(path) else what
         raise InputError(f"{use}_file {file!r} {what}: give a file of {', '.join(SUFFIXES)}.")
     if not stem_and_suffix(path)[1]:
@@ -129,8 +129,8 @@ def _place(
         if folder is not None:
             # The name of the task may be that of a symlink, or of its target.
             names = (Path(os.path.abspath(folder)).name, folder.resolve().name)
-            candidate = task or task_of_folder(names[0]) or task_of_folder(names[1])
-            return _folder_splits(folder, candidate), candidate, str(folder)
+            suggested_task = task or task_of_folder(names[0]) or task_of_folder(names[1])
+            return _folder_splits(folder, suggested_task), suggested_task, str(folder)
         config_name = config_name or (task.name if task is not None else None)
         return _hub_splits(dataset_name, config_name, cache_dir, token), task_of_folder(config_name or ""), dataset_name
     if task is not None:
@@ -145,7 +145,7 @@ def _by_use(
     readers: Readers, named: Mapping[str, str | None], wanted: Mapping[str, bool], place: str
 ) -> dict[str, Split]:
     """The splits by use: those that the flags name, otherwise those whose names tell their use."""
-    found: dict[str, dict[str, str]] = {use: {} for use in USES}  # by name the use, for MNLI with its half
+    found: dict[str, dict[str, str]] = {use: {} for use in USES}  # use -> {name -> key in `Source.splits`}
     for name in readers:
         if match := _SPLIT_NAME.fullmatch(name):
             use = "train" if match[1] else "validation" if match[2] else "test"
@@ -156,7 +156,7 @@ def _by_use(
         if chosen is not None:
             if chosen not in readers:
                 raise InputError(
-                    f"{use}_split {chosen!r} is no split of {place}: it has {', '.join(readers) or 'none'}."
+                    f"{use}_split {chosen!r} is not a split of {place}: it has {', '.join(readers) or 'none'}."
                 )
             match = _SPLIT_NAME.fullmatch(chosen)  # a half of MNLI remains one
             splits[use + (match[4].lower() if match else "")] = Split(
@@ -233,7 +233,7 @@ def _folder_splits(folder: Path, task: Task | None) -> Readers:
     if not readers:
         inner = [path.name for path in entries if path.parent == folder and path.is_dir()]
         raise InputError(
-            f"{folder} has no train, validation (dev) or test file of {', '.join(SUFFIXES)} and is no save_to_disk "
+            f"{folder} has no train, validation (dev) or test file of {', '.join(SUFFIXES)} and is not a save_to_disk "
             f"folder: name the folder of one task{f', such as {inner[0]!r} in it' if inner else ''}."
         )
     return readers
@@ -253,7 +253,7 @@ def _read_shards(folder: Path, split: str, by_suffix: Mapping[str, list[Path]], 
 
 def _reader(paths: list[Path], task: Task | None, split: str) -> Callable[[], Dataset]:
     def read() -> Dataset:
-        parts = [hub_columns(read_file(path, task, split), task) for path in paths]
+        parts = [rename_to_hub_columns(read_file(path, task, split), task) for path in paths]
         if len(parts) == 1:
             return parts[0]
         for path, part in zip(paths, parts, strict=True):
@@ -266,7 +266,7 @@ def _reader(paths: list[Path], task: Task | None, split: str) -> Callable[[], Da
             return datasets.concatenate_datasets(parts)
         if any(isinstance(feature, ClassLabel) for part in parts for feature in part.features.values()):
             raise InputError(f"The files of the split {split}, {paths[0]} and on, have different classes or types of "
-                             "columns: write them anew with the same.")  # fmt: skip
+                             "columns: write them again with the same.")  # fmt: skip
         # A column may be empty in one file, or hold whole numbers in one file and floats in another.
         columns = {name: joined([part.data.column(name) for part in parts]) for name in parts[0].column_names}
         return Dataset(datasets.table.InMemoryTable(pa.table(columns)))
@@ -308,4 +308,4 @@ def _hub_splits(name: str, config: str | None, cache_dir: str | None, token: str
 
 
 def _in_memory(loaded: datasets.DatasetDict, task: Task | None) -> Readers:
-    return {str(name): partial(hub_columns, dataset, task) for name, dataset in loaded.items()}
+    return {str(name): partial(rename_to_hub_columns, dataset, task) for name, dataset in loaded.items()}

@@ -7,7 +7,6 @@ schedule, and shuffles with seed + k.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import time
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loralib.adapters.own import load_adapter
 from loralib.adapters.reading import ADAPTER_FILE
 from loralib.errors import RunDiverged
-from loralib.glue.assemble import begin_method, load_starting_adapter, trainer_arguments, trainer_with
+from loralib.glue.assemble import begin_and_announce, load_starting_adapter, trainer_arguments, trainer_with
 from loralib.glue.data import GlueData
 from loralib.glue.folder import clear_output_dir, reserve, whole_checkpoint
 from loralib.glue.record import RUN_FILE, flags_of, record_of, write_run
@@ -29,6 +28,7 @@ from loralib.glue.run import Run
 from loralib.glue.train import train_and_report
 from loralib.methods import Method
 from loralib.training.lock import unlock
+from loralib.training.manifest import sha256_of
 from loralib.training.settings import check_settings
 from loralib.training.trainer import LoRATrainer
 
@@ -65,7 +65,7 @@ def train_in_stages(
             done = record_of(Path(stage.training.output_dir))
             before += done.get("total_seconds", done.get("wall_seconds", 0.0))
         else:
-            begin_method(stage, trainer, method, _title(method, number, len(methods)))
+            begin_and_announce(stage, trainer, method, _title(method, number, len(methods)))
             try:
                 train_and_report(stage, trainer, data)
             except RunDiverged as error:
@@ -77,7 +77,7 @@ def train_in_stages(
         run = last_stage(run, len(earlier), epochs, tuple(last.facts()))
         run.seconds_before = before
     trainer = trainer_with(run, last, arguments | {"args": run.training}, data.task)
-    begin_method(run, trainer, last, _title(last, len(earlier), len(methods)) if earlier else "")
+    begin_and_announce(run, trainer, last, _title(last, len(earlier), len(methods)) if earlier else "")
     metrics = train_and_report(run, trainer, data)
     if earlier:
         show_stages(run)
@@ -149,7 +149,7 @@ def last_stage(run: Run, number: int, epochs: float | None, keys: tuple[str, ...
             curve.append({**point, "metrics": metrics, "seconds": stage.get("metrics", {}).get("train_runtime")})
         return record | {"seed": run.training.seed, "stages": curve}
 
-    return dataclasses.replace(run, training=_with_epochs(run.training, number, epochs), complete=with_curve)
+    return dataclasses.replace(run, training=_with_epochs(run.training, number, epochs), finish_record=with_curve)
 
 
 def _with_epochs(training: Any, number: int, epochs: float | None, **changes: Any) -> Any:
@@ -161,23 +161,24 @@ def _with_epochs(training: Any, number: int, epochs: float | None, **changes: An
 
 
 def take_finished_stage(run: Run, trainer: LoRATrainer) -> bool:
-    """Load the adapter of a stage that an earlier process finished; False where there is none, and then the stage's
-    record will keep what a later process compares.
+    """Load the adapter of a stage that an earlier process finished, and return True.
+
+    Otherwise return False: the stage will be trained, and its record will store its settings.
 
     Raises:
         InputError: the stage was trained with other settings.
     """
     folder = Path(run.training.output_dir)
     settings = trainer.numeric_settings()
-    run.complete = partial(_with_settings, folder, settings)
+    run.finish_record = partial(_with_settings, folder, settings)
     record = record_of(folder)
     if record.get("status") != "finished":
         if (folder / RUN_FILE).exists() and not record:
             logger.warning("%s cannot be read: the stage is run again", folder / RUN_FILE)
         return False
-    _check_settings(folder, record, settings, run)
+    _check_stage_settings(folder, record, settings, run)
     kept = record.get("adapter_sha256")
-    if not (folder / ADAPTER_FILE).is_file() or kept not in (None, _sha256(folder / ADAPTER_FILE)):
+    if not (folder / ADAPTER_FILE).is_file() or kept not in (None, sha256_of(folder / ADAPTER_FILE)):
         logger.warning("%s is not what the stage wrote: the stage is run again", folder / ADAPTER_FILE)
         return False
     load_adapter(trainer.model, folder)
@@ -189,10 +190,10 @@ def take_finished_stage(run: Run, trainer: LoRATrainer) -> bool:
 
 def _with_settings(folder: Path, settings: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     adapter = folder / ADAPTER_FILE
-    return record | {"settings": settings, "adapter_sha256": _sha256(adapter) if adapter.is_file() else None}
+    return record | {"settings": settings, "adapter_sha256": sha256_of(adapter) if adapter.is_file() else None}
 
 
-def _check_settings(folder: Path, record: dict[str, Any], settings: dict[str, Any], run: Run) -> None:
+def _check_stage_settings(folder: Path, record: dict[str, Any], settings: dict[str, Any], run: Run) -> None:
     saved = record.get("settings")
     if isinstance(saved, dict):
         check_settings(folder, saved, settings, "stage")
@@ -205,10 +206,6 @@ def _check_settings(folder: Path, record: dict[str, Any], settings: dict[str, An
     if own.get("lambda_epochs") is not None and folder.name != "stage-0":
         names -= {"num_train_epochs", "max_steps"}
     check_settings(folder, {n: before[n] for n in names}, {n: own[n] for n in names}, "stage")
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def show_stages(run: Run) -> None:

@@ -39,8 +39,8 @@ def check_early_stopping(trainer: LoRATrainer) -> None:
     first = next((step for step in range(total + 1) if stopping.counts(step)), None)
     if first is None:
         raise InputError(
-            f"--early_stopping_patience counts evaluations at the target budget alone, and none of the {total} steps "
-            "ends with it: raise --final_warmup, or leave early stopping out."
+            f"--early_stopping_patience counts only evaluations at the target budget, and none of the {total} steps "
+            "reaches it: raise --final_warmup, or leave early stopping out."
         )
     logger.info(
         "early stopping: after %d evaluation(s) in a row that do not improve %s%s",

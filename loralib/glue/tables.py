@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".tsv", ".csv", ".jsonl", ".json")
 _PIECE = 50_000  # rows held as Python objects at a time; these take ten times the memory of a table
-_ORIENT = 'pandas writes what is read here with df.to_json(path, orient="records", lines=True)'
+_ORIENT = 'with pandas, use df.to_json(path, orient="records", lines=True)'
 _STARTS = (
     (b"PK\x03\x04", "is a zip archive or an Excel file", "unpack it, or save it as csv"),
     (b"\xd0\xcf\x11\xe0", "is an Excel file", "save it as csv"),
@@ -73,7 +73,7 @@ def read_file(path: Path, task: Task | None, split: str) -> Dataset:
     except InputError:
         raise
     except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply to be read: give one flat object a row.") from error
+        raise InputError(f"{path} is nested too deeply to be read: give one flat object per row.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
             f"{path} could not be unpacked as gzip ({brief(error)}): pack or download it again."
@@ -88,7 +88,7 @@ def read_file(path: Path, task: Task | None, split: str) -> Dataset:
         raise InputError(f"{path} could not be read as {suffix[1:]} ({brief(error)}): is it complete?") from error
 
 
-def hub_columns(dataset: Dataset, task: Task | None) -> Dataset:
+def rename_to_hub_columns(dataset: Dataset, task: Task | None) -> Dataset:
     """Rename a task's columns from GLUE's own names to the hub's: `#1 String` becomes `sentence1`."""
     names = dataset.column_names
     renamed = {old: new for old, new in (task.tsv_columns if task else {}).items() if old in names and new not in names}
@@ -119,7 +119,7 @@ def _text_content(path: Path) -> bytes:
     if encoding is None and len(head) > 3 and (not any(head[1::2]) or not any(head[::2])):
         encoding = "UTF-16"
     if encoding is not None:
-        raise InputError(f'{path} is written in {encoding}: write it anew in UTF-8, with pandas encoding="utf-8".')
+        raise InputError(f'{path} is written in {encoding}: write it again in UTF-8, with pandas encoding="utf-8".')
     return content
 
 
@@ -137,8 +137,8 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
     line = content.count(b"\n", 0, error.start) + 1
     cut = content[max(0, error.start - 15) : error.start + 15].decode("cp1252", errors="replace")
     return InputError(
-        f"{path}, line {line}: the byte {content[error.start : error.start + 1]!r} is no UTF-8 (in cp1252 it "
-        f"would read {' '.join(cut.split())!r}): write the file anew in UTF-8."
+        f"{path}, line {line}: the byte {content[error.start : error.start + 1]!r} is not UTF-8 (in cp1252 it "
+        f"would read {' '.join(cut.split())!r}): write the file again in UTF-8."
     )
 
 
@@ -156,11 +156,11 @@ def _wrong_width(path: Path, line: int, cells: Sequence[str], header: Sequence[s
 
 
 def _refuse_other_separator(path: Path, header: Sequence[str], others: str) -> None:
-    """Refuse a table of one column whose name holds what parts columns elsewhere."""
+    """Refuse a one-column table whose header contains another separator."""
     if len(header) == 1 and (other := next((mark for mark in others if mark in header[0]), None)):
         raise InputError(
-            f"{path}, line 1: the only column is {header[0][:80]!r}: its cells seem to be parted by {other!r}; write "
-            "them with commas into a .csv file, or with tabs into a .tsv file."
+            f"{path}, line 1: the only column is {header[0][:80]!r}: its cells seem to be separated by {other!r}; "
+            "write them with commas into a .csv file, or with tabs into a .tsv file."
         )
 
 
@@ -194,7 +194,7 @@ def _is_quoted(path: Path, content: bytes) -> bool:
         return True
     lines = [line for line in content.splitlines() if line.strip()]
     if not broken or len({line.count(b"\t") for line in lines}) == 1:
-        logger.warning("%s has cells in quote marks, which stay: write it as csv if they are not part of it.", path)
+        logger.warning("%s has quoted cells; the quote marks are kept as text. To remove them, save it as csv.", path)
         return False
     return True
 
@@ -292,7 +292,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             rows = json.loads(content.decode("utf-8-sig"))
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{path} is no list of objects in JSON ({brief(error)}): is it whole? {_ORIENT}."
+                f"{path} is not a list of objects in JSON ({brief(error)}): is it whole? ({_ORIENT})"
             ) from error
         yield from _objects(path, rows)
         return
@@ -318,7 +318,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise InputError(
-                f"{path}, line {number}: {brief(error)}: give one JSON object a line, or one list of objects; "
+                f"{path}, line {number}: {brief(error)}: give one JSON object per line, or one list of objects; "
                 f"{_ORIENT}."
             ) from error
         yield from _objects(path, [row], number)
@@ -397,7 +397,7 @@ def read_msr_paraphrase(folder: Path, task: Task, split: str) -> Dataset:
                 f"{error.filename or path} cannot be read ({error.strerror}): make it readable."
             ) from error
         raise InputError(f"{path} or dev_ids.tsv could not be read ({brief(error)}): download MRPC again.") from error
-    return hub_columns(Dataset(datasets.table.InMemoryTable(table)), task)
+    return rename_to_hub_columns(Dataset(datasets.table.InMemoryTable(table)), task)
 
 
 def brief(error: BaseException) -> str:

@@ -24,7 +24,9 @@ class Task:
     folder: str | None = None
     tsv_columns: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     tsv_header: tuple[str, ...] | None = None  # for train and dev files that come without a header
-    drops_cut_rows: bool = False  # whether the training file has rows cut in two, which the hub leaves out too
+    # The training file has rows cut in two, which are left out as on the hub, and empty texts, which are only warned
+    # of.
+    drops_cut_rows: bool = False
     # GLUE's server: file name and number of rows for each test split, and whether it wants label names or label ids.
     submission: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
     submits_names: bool = False
@@ -81,7 +83,7 @@ GLUE: dict[str, Task] = {
 
 
 def glue_ids(task: Task) -> list[int]:
-    """For each label id of a GLUE task, its id in GLUE's own order; the head may have another order."""
+    """Map ids in the order of `task.label_names`, which may be a head's, to ids in GLUE's own order."""
     names, own = task.label_names or (), GLUE[task.name].label_names or ()
     places = places_in(names, own)
     if places is None:

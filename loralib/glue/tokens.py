@@ -17,12 +17,12 @@ MULTIPLE = 8  # the length of a batch is rounded up to a multiple of this, which
 
 
 def row_length(max_seq_length: int, task: Task, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
-    """The largest number of tokens in a row: max_seq_length, or less if the tokenizer or the model's positions ask it.
+    """The largest number of tokens in a row: max_seq_length, or less if the tokenizer or the positions require it.
 
     The log says which of them reduced it.
 
     Raises:
-        InputError: no token would be left for the text, or the tokenizer's limit is no number of tokens.
+        InputError: no token would be left for the text, or the tokenizer's limit is not a number of tokens.
     """
     limits = {"the model's positions": position_limit(model), "the tokenizer's limit": _tokenizer_limit(tokenizer)}
     length = max_seq_length
@@ -89,7 +89,7 @@ def tokenize(
     Args:
         length: tokens of a row, from `row_length`. Longer texts are cut, of a pair the longer one first.
         fixed: pad every row to `length`; otherwise the collator pads.
-        overwrite_cache: tokenise data of the hub anew, although the result is in its cache.
+        overwrite_cache: tokenise data of the hub again, although the result is in its cache.
     """
     padding = "max_length" if fixed else False
 
@@ -126,7 +126,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any, splits: lis
         InputError: the message names the token.
     """
     known = model.get_input_embeddings().weight.shape[0]
-    ids = tokenizer.get_vocab().values()  # len(tokenizer) does not do: a small vocabulary may have high ids
+    ids = tokenizer.get_vocab().values()  # len(tokenizer) is not enough: a small vocabulary may have high ids
     if max(ids, default=0) < known and tokenizer.pad_token_id < known:
         return
     highest = max(tokenizer.pad_token_id, *(max(ids) for split in splits for ids in split["input_ids"]))

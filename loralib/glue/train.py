@@ -33,9 +33,10 @@ _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, er
 def train_and_report(run: Run, trainer: LoRATrainer, data: GlueData, method: str | None = None) -> dict[str, Any]:
     """Train, evaluate and predict as the flags say, then write `run.json` and the model card.
 
+    Callbacks with a `summary()` add facts to `run.json`. The folder is unlocked before `--push_to_hub` sends it.
+
     Args:
-        method: short name of the method for the report; by default that of the trainer's `Method`. Callbacks with a
-            `summary()` add the method's own facts.
+        method: short name of the method for the report; by default that of the trainer's `Method`.
 
     Returns:
         The final metrics.
@@ -162,7 +163,9 @@ def _predict(run: Run, trainer: LoRATrainer, data: GlueData) -> dict[str, float]
         if labelled:
             logger.info("%s, test: all %d rows have a label, so predict_* metrics are computed", name, len(split))
         else:
-            logger.info("%s, test: without labels that can be used, %d rows are predicted alone", name, len(split))
+            logger.info(
+                "%s: the test split has no usable labels: predictions of %d rows only, no metrics", name, len(split)
+            )
         output = trainer.predict(split if labelled else split.remove_columns("label"), metric_key_prefix="predict")
         values = {**(output.metrics or {}), "predict_samples": len(split)}
         trainer.log_metrics("predict", values)

@@ -21,7 +21,7 @@ from transformers.training_args import trainer_log_levels
 
 from loralib.errors import InputError
 
-_SHARDS = "AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, which it shards; train on several GPUs with torchrun instead"  # noqa: E501
+_SHARDS = "AdaLoRA, SoRA and RM-LoRA change single parameters and gradients, and sharding splits these; train on several GPUs with torchrun instead"  # noqa: E501
 _WHOLE = "GLUE's metrics are computed once, from the outputs of all rows together"
 _LIGER = "its kernels replace modules that this project adapts, and nobody has compared the two"
 
@@ -34,8 +34,8 @@ REFUSED = {
     "eval_use_gather_object": "the outputs are tensors, which the usual gathering handles",
     "fsdp": _SHARDS,
     "fsdp_config": _SHARDS,
-    "ignore_data_skip": "a run that goes on from a checkpoint would see other rows than an undisturbed one",
-    "include_for_metrics": "GLUE's metrics need predictions and labels alone",
+    "ignore_data_skip": "a run that goes on from a checkpoint would see other rows than an undisturbed run",
+    "include_for_metrics": "GLUE's metrics need only predictions and labels",
     "jit_mode_eval": "the stock Trainer has given it up",
     "length_column_name": "rows are grouped by the number of their tokens",
     "liger_kernel_config": _LIGER,
@@ -80,13 +80,13 @@ _OTHER_OPTIMIZERS = {
     "apollo": _NOT_AT_ONCE,
     "galore": _NOT_AT_ONCE,
     "lomo": _NOT_AT_ONCE,
-    "grokadamw": "a run that goes on from its checkpoint ends with other weights than an undisturbed one",
+    "grokadamw": "a run that goes on from its checkpoint ends with other weights than an undisturbed run",
     "schedule_free": "it evaluates other weights than the ones that are saved",
 }
 _STEPS = 100  # of the schedule with which the flags are tried
 
 
-def check_before(args: TrainingArguments) -> None:
+def check_raw_flags(args: TrainingArguments) -> None:
     """Refuse values that are wrong by themselves. This is called before the stock class processes them.
 
     Raises:
@@ -110,7 +110,7 @@ def check_before(args: TrainingArguments) -> None:
             f"label_names is {args.label_names}, it must be labels: the column of labels in your data is renamed to it."
         )
     if not args.remove_unused_columns:
-        raise InputError("--remove_unused_columns False is not supported: a batch holds the model's inputs alone.")
+        raise InputError("--remove_unused_columns False is not supported: a batch holds only the model's inputs.")
     if args.save_total_limit is not None and args.save_total_limit < 1:
         raise InputError(f"save_total_limit is {args.save_total_limit}, it must be 1 or more; without it all are kept.")
     if args.eval_steps is not None and args.eval_steps < 0:
@@ -184,7 +184,7 @@ def _check_accelerator_config(value: Any) -> None:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise InputError(f"accelerator_config ({text[:80]!r}) is no JSON: {error}.") from error
+            raise InputError(f"accelerator_config ({text[:80]!r}) is not JSON: {error}.") from error
     if not isinstance(value, dict):
         return
     inner = value.get("gradient_accumulation_kwargs") or {}
@@ -211,8 +211,8 @@ def warn_of(args: TrainingArguments) -> list[str]:
     return []
 
 
-def check_after(args: TrainingArguments) -> None:
-    """Refuse an optimizer or a schedule that cannot be made. To find out, make it for one number.
+def check_optimizer_and_schedule(args: TrainingArguments) -> None:
+    """Build the optimizer and the schedule for a one-element parameter, and refuse them if that fails.
 
     Raises:
         InputError: names the flag, its value and the reason.
@@ -273,7 +273,8 @@ def _check_optimizer(args: TrainingArguments, parameter: nn.Parameter) -> None:
     finally:
         args.optim_args = stated
     if unread:
-        raise InputError(f"optim_args has {unread[0]}, which --optim {name} does not read, or which is its default.")
+        raise InputError(f"optim_args has {unread[0]} without effect: --optim {name} does not read it, or it is the "
+                         "default.")  # fmt: skip
 
 
 def _check_schedule(args: TrainingArguments, parameter: nn.Parameter) -> None:
@@ -295,7 +296,7 @@ def _check_schedule(args: TrainingArguments, parameter: nn.Parameter) -> None:
                 optimizer.step()
                 schedule.step(*([0.5] if name in BY_METRIC else []))
                 rates.append(float(optimizer.param_groups[0]["lr"]))
-    except Exception as error:  # an argument is missing, unknown or no number
+    except Exception as error:  # an argument is missing, unknown or not a number
         needs = {"warmup_stable_decay": "num_decay_steps", "cosine_with_min_lr": "min_lr or min_lr_rate"}
         needs["cosine_warmup_with_min_lr"] = needs["cosine_with_min_lr"]
         hint = f"; it needs {needs[name]} in --lr_scheduler_kwargs" if name in needs else ""

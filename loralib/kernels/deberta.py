@@ -3,7 +3,7 @@
 - `use_fast_attention`: an encoder prepares mask and distances once for all its layers. Hidden states, and the rows of
   the table of positions that the batch can reach, go through each projection together, and `loralib.kernels.banded`
   computes the attention.
-- `unpad`: the layers outside of the attention see the real tokens alone.
+- `unpad`: the layers outside of the attention see only the real tokens.
 - A sequence classifier reads the first token of the last layer and nothing else of it. In that layer only this token's
   query is computed, and only its row goes through the rest of the layer.
 """
@@ -39,7 +39,7 @@ def use_fast_attention(model: nn.Module) -> bool:
     Only the classes of the encoder and of its attention modules change. Parameters, names, state dict, dropout
     probabilities and results (1e-10 in float64, padded rows included) stay those of the stock code. The linear layers
     may be adapted before or after this call. A call of the model that asks for the attention matrices or brings query
-    states runs the stock code. In a `DebertaV2ForSequenceClassification` the last layer computes the first token alone,
+    states runs the stock code. In a `DebertaV2ForSequenceClassification` the last layer computes only the first token,
     unless hidden states are asked for.
 
     Returns:
@@ -62,7 +62,7 @@ def use_fast_attention(model: nn.Module) -> bool:
         for layer in encoder.layer:
             attention = layer.attention.self
             attention.__class__ = FastSelfAttention
-            # The stock code takes this root in float32, whatever the model's dtype: so does the fast one.
+            # The stock code takes this root in float32 for every dtype of the model, and so does the fast one.
             probe = torch.empty(attention.attention_head_size, device="cpu")
             attention.score_scale = 1.0 / float(scaled_size_sqrt(probe, 1 + len(set(attention.pos_att_type))))
     return True
@@ -91,7 +91,7 @@ def unpad(model: nn.Module) -> bool:
 
 
 def _ask_for_first_token(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the encoder that the head reads the first token alone. The encoder forgets this after one forward."""
+    """Tell the encoder that the head reads only the first token. The encoder forgets this after one forward."""
     names = ("output_attentions", "output_hidden_states")
     wanted = [getattr(model.config, name) if kwargs.get(name) is None else kwargs[name] for name in names]
     by_name = len(args) <= 6  # output_attentions would be the seventh

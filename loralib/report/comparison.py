@@ -46,9 +46,9 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(n: int, mean: float, half: float) -> str:
-    """A plain word."""
+    """A short phrase: higher, lower, no difference seen, or too few pairs."""
     if n < 3:
-        return f"too small to tell (n = {n})"
+        return f"too few pairs to tell (n = {n})"
     if abs(mean) <= half:
         return "no difference seen"
     return "higher" if mean > 0 else "lower"

@@ -1,4 +1,4 @@
-"""Each method against LoRA, on the same seeds and the same rows: as a table, and as one sentence a comparison."""
+"""Each method against LoRA, on the same seeds and the same rows: as a table, and as one sentence per comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +10,8 @@ from loralib.report.comparison import holm, p_value, paired, verdict
 from loralib.report.runs import SMALLER_IS_BETTER, brief
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, scores, table
 
+NO_LORA = "no LoRA run has these seeds and this grid point"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -17,7 +19,7 @@ class Comparison:
 
     n: pairs of runs with one seed. mean, half: of their differences, in points of the metric, and the half width of the
     paired 95 % interval. p: of the paired t test, corrected for the number of comparisons; NaN where there is none.
-    unlike: the settings that forbid the comparison, with both values.
+    mismatches: the settings that forbid the comparison, with both values.
     """
 
     task: str
@@ -27,17 +29,17 @@ class Comparison:
     mean: float
     half: float
     p: float
-    unlike: Sequence[str] = ()
+    mismatches: Sequence[str] = ()
 
     @property
-    def made(self) -> bool:
+    def comparable(self) -> bool:
         """Whether there is anything to compare."""
-        return self.n > 0 and not self.unlike
+        return self.n > 0 and not self.mismatches
 
     @property
     def alike(self) -> bool:
         """Whether all differences are equal, as between runs that learned nothing: they have no interval."""
-        return self.made and self.n >= 3 and self.half < 1e-9
+        return self.comparable and self.n >= 3 and self.half < 1e-9
 
     @property
     def interval(self) -> str:
@@ -47,11 +49,9 @@ class Comparison:
     def verdict(self) -> str:
         if self.alike:
             return "nothing can be said: all differences are equal"
-        if self.made:
+        if self.comparable:
             return verdict(self.n, self.mean, self.half)
-        return (
-            f"not compared: {'; '.join(self.unlike)}" if self.n else "no LoRA run with these seeds and this grid point"
-        )
+        return f"not compared: {'; '.join(self.mismatches)}" if self.n else NO_LORA
 
 
 def comparisons(runs: pd.DataFrame) -> list[Comparison]:
@@ -64,15 +64,15 @@ def comparisons(runs: pd.DataFrame) -> list[Comparison]:
         lora = baseline(runs, task, part["variant"].iloc[0])
         ours, theirs = scores(part, metrics[0]), scores(lora, metrics[0])
         one = Comparison(task, name, metrics[0], *paired(ours, theirs), float("nan"), unlike_settings(part, lora))
-        found.append(replace(one, p=p_value(ours, theirs)) if one.made else one)
+        found.append(replace(one, p=p_value(ours, theirs)) if one.comparable else one)
     corrected = holm([one.p for one in found])
     return [replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
 
 
 def clear_best(runs: pd.DataFrame, metric: str) -> str | None:
-    """The method of one task that is better than every other one by the paired 95 % interval; None where none is.
+    """The method of one task that is better than every other one by the paired 95 % interval; None if there is none.
 
-    Methods with fewer than three common seeds, or that differ in more than the method, leave none clear.
+    There is none either if two methods have fewer than three common seeds, or differ in more than the method.
     """
     parts = {name: part for _, name, part in by_method(runs) if scores(part, metric)}
     sign = -1 if metric in SMALLER_IS_BETTER else 1
@@ -86,11 +86,13 @@ def clear_best(runs: pd.DataFrame, metric: str) -> str | None:
 
 
 def difference_table(found: Sequence[Comparison]) -> str:
-    """Pairs, mean difference, interval, p and a verdict; runs that differ in more than the method are no pair."""
+    """Pairs, mean difference, interval, p and a verdict; runs that differ in more than the method are not a pair."""
     rows = []
     for one in found:
         numbers = (
-            [f"{one.mean:+.2f}", one.interval if one.n >= 3 and not one.alike else "-"] if one.made else ["-", "-"]
+            [f"{one.mean:+.2f}", one.interval if one.n >= 3 and not one.alike else "-"]
+            if one.comparable
+            else ["-", "-"]
         )
         p = "-" if np.isnan(one.p) else f"{one.p:.3f}"
         rows.append([escape(f"{one.task}, {one.name}"), str(one.n), *numbers, p, escape(one.verdict)])
@@ -99,7 +101,7 @@ def difference_table(found: Sequence[Comparison]) -> str:
 
 
 def sentences(found: Sequence[Comparison]) -> list[str]:
-    """What can be said of each comparison, with the numbers that it rests on; no more than they carry."""
+    """One sentence per comparison, with the numbers that it rests on; it says no more than they carry."""
     tests = sum(not np.isnan(one.p) for one in found)
     return [_sentence(one, tests) for one in found]
 
@@ -107,8 +109,8 @@ def sentences(found: Sequence[Comparison]) -> list[str]:
 def _sentence(one: Comparison, tests: int) -> str:
     unit = "squared error" if one.metric == "mse" else f"points of {WORDS.get(one.metric, one.metric)}"
     seen = f"{one.mean:+.2f} {unit}"
-    if not one.made:
-        why = f"they differ in {'; '.join(one.unlike)}" if one.n else "no LoRA run has its seeds and grid point"
+    if not one.comparable:
+        why = f"they differ in {'; '.join(one.mismatches)}" if one.n else NO_LORA
         return f"On {one.task}, {one.name} is not compared with LoRA: {why}."
     if one.n < 3:
         pairs = "one pair of runs" if one.n == 1 else f"{one.n} pairs of runs"
@@ -129,7 +131,7 @@ def _sentence(one: Comparison, tests: int) -> str:
     p = f"p = {one.p:.3f} after correction for {tests} comparison{'s' if tests > 1 else ''}"
     if one.p < 0.05:
         return f"{claim}; {p})."
-    return f"{claim}), but {p}: this is a hint and no finding."
+    return f"{claim}), but {p}: this is a hint, not a finding."
 
 
 def baseline(runs: pd.DataFrame, task: str, variant: str) -> pd.DataFrame:
@@ -138,7 +140,7 @@ def baseline(runs: pd.DataFrame, task: str, variant: str) -> pd.DataFrame:
     return lora if lora["variant"].nunique() <= 1 else lora[lora["variant"] == variant]
 
 
-# What has to agree before runs are paired: else a difference says nothing of the method.
+# Runs are paired only if these agree; otherwise a difference says nothing about the method.
 TO_AGREE = (
     "model_name_or_path",
     "max_train_samples",

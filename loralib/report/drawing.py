@@ -17,11 +17,11 @@ from loralib.report.style import FEWEST_SEEDS, NONZERO
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, percent, scores
 from loralib.report.tuning import best_of_trials, scores_by_value, trial_scores
 
-MOST_LINES = 12  # of one panel; a task with more of them has a figure a method
+MOST_LINES = 12  # of one panel; a task with more of them has one figure per method
 
 
 class Folder:
-    """Writes figures into a folder; one that can't be drawn or written becomes a line and costs no other."""
+    """Writes figures into a folder. A figure that fails is listed as a problem; the others are still drawn."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -45,7 +45,7 @@ class Folder:
 
 
 def file_name(name: str) -> str:
-    """A file name of letters that any system takes; where that loses something, a hash tells the names apart."""
+    """A portable file name; a hash is appended if characters were replaced."""
     plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", name)
     if len(plain) <= 120 and plain == re.sub(r"[ ,_]+", "_", name):
         return f"{plain}.png"
@@ -123,19 +123,19 @@ def _draw_tuning(folder: Folder, tuned: Mapping[str, Any]) -> None:
 
 
 def _draw_task(
-    folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metric: str, label: str, chance: float | None
+    folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metric: str, label: str, one_class: float | None
 ) -> None:
-    """The figures of one task; `chance`: the score of answering one class for every row."""
+    """The figures of one task; `one_class`: the score of answering one class for every row."""
     runs = {name: list(of["run"]) for name, of in mine.items()}
     for part, some in _parts(mine).items():
         _draw_lines(folder, f"{task}_{part}" if part else task, f"{task}, {part}" if part else task,
-                    {name: runs[name] for name in some}, metric, label, chance)  # fmt: skip
+                    {name: runs[name] for name in some}, metric, label, one_class)  # fmt: skip
     points = frontier_points(mine, metric)
     if len({x for values in points.values() for x, _, _ in values}) > 1:
         title = f"{task}: score against the parameters that remain; {_over_seeds(runs, 'bar')}"
         if unknown := [name for name in mine if name not in points and mine[name]["method"].iloc[0] not in points]:
             title += f"; without a known number of them, and so not here: {', '.join(unknown)}"
-        folder.save(f"frontier_{task}", figures.frontier, points, label, title, chance)
+        folder.save(f"frontier_{task}", figures.frontier, points, label, title, one_class)
     for name, of in runs.items():
         stages = {str(run.seed): run.data["stages"] for run in of if run.data.get("stages")}
         if stages and len(stages) == len(of):
@@ -160,7 +160,7 @@ def _draw_lines(
     runs: Mapping[str, Sequence[Run]],
     metric: str,
     label: str,
-    chance: float | None,
+    one_class: float | None,
 ) -> None:
     """Learning curves, budgets and spectra; `name` of the files, `what` for the titles."""
 
@@ -172,7 +172,7 @@ def _draw_lines(
                 "validation loss": lines("eval_loss", 1, "epoch")}  # fmt: skip
     if all(learning.values()):
         title = f"{what}: score and loss on the validation rows; {_over_seeds(runs)}"
-        baseline = {} if chance is None else {label: chance}
+        baseline = {} if one_class is None else {label: one_class}
         folder.save(f"curves_{name}", figures.curves, learning, "epoch", title, baseline)
     kept = lines("rank_total", 1, "step")
     nonzero = {f"{of}{NONZERO}": line for of, line in lines("rank_nonzero", 1, "step").items() if line != kept.get(of)}
@@ -251,7 +251,7 @@ def _draw_spectra(folder: Folder, file: str, what: str, runs: Mapping[str, Seque
             try:
                 spectra += adapter_spectra(run.folder).values()
             except (FileNotFoundError, NotADirectoryError):
-                continue  # full fine-tuning has no adapter, and a record alone has none either
+                continue  # full fine-tuning has no adapter, and neither has a record without its folder
             except (OSError, ValueError) as error:
                 folder.problems.append(escape(f"The adapter of {run.folder.name} of {run.task}, {name}, seed "
                                               f"{run.seed} cannot be read: {error}"))  # fmt: skip

@@ -16,7 +16,7 @@ from loralib.report.style import (
     NONZERO,
     PALETTE,
     begin_at_zero,
-    draw_chance,
+    draw_constant,
     dress,
     new_figure,
     put_legend,
@@ -125,7 +125,7 @@ def curves(
         dress(axes)
         if from_zero:
             begin_at_zero(axes)
-        axes.set_ylabel(label + draw_chance(axes.axhline, axes.get_ylim, axes.set_ylim, (one_class or {}).get(label)))
+        axes.set_ylabel(label + draw_constant(axes.axhline, axes.get_ylim, axes.set_ylim, (one_class or {}).get(label)))
     put_legend(figure, title, names)
     return figure
 
@@ -135,7 +135,7 @@ def comparison(
     title: str,
     one_class: Mapping[str, float] | None = None,
 ) -> Figure:
-    """One panel a task: a dot a seed, and the mean, with the standard deviation of three seeds and more, a method.
+    """One panel per task, one place per method: one dot per seed, their mean, and from three seeds on the deviation.
 
     Args:
         tasks: for each task the name of its metric, and the scores of each method.
@@ -167,7 +167,7 @@ def comparison(
         axes.set_ylim(inches.sum(), 0)
         axes.set_title(wrapped(task), fontsize=10)
         dress(axes)
-        axes.set_xlabel(metric + draw_chance(axes.axvline, axes.get_xlim, axes.set_xlim, (one_class or {}).get(task)))
+        axes.set_xlabel(metric + draw_constant(axes.axvline, axes.get_xlim, axes.set_xlim, (one_class or {}).get(task)))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     marks = "a dot is a seed" + (", a stroke their mean" if counts[-1] > 1 else "")
     if counts[-1] >= FEWEST_SEEDS:
@@ -183,7 +183,7 @@ def frontier(
     title: str,
     one_class: float | None = None,
 ) -> Figure:
-    """Metric against remaining parameters, a line a method whose points all differ in them.
+    """Metric against remaining parameters, one line per method whose points all differ in them.
 
     Args:
         points: (parameters, mean, deviation) of each method; the deviation is None where there are too few seeds.
@@ -198,7 +198,7 @@ def frontier(
         x, mean, deviation = zip(*sorted(values, key=lambda point: point[:2]), strict=True)
         bars = None if None in deviation else deviation
         look = style(name, names) | ({} if 1 < len(x) == len(budgets[name]) else {"linestyle": ""})
-        # methods of one budget stand side by side around it, six points apart
+        # the points of methods with one budget are shifted by six points each, so that they do not overlap
         beside = [other for other in names if budgets[other] & budgets[name]]
         most = max(most, len(beside))
         aside = ScaledTranslation((beside.index(name) - (len(beside) - 1) / 2) * 6 / 72, 0, figure.dpi_scale_trans)
@@ -206,7 +206,7 @@ def frontier(
                       transform=axes.transData + aside, **look)  # fmt: skip
     everything = [x for values in points.values() for x, _, _ in values]
     ends = [(x, y + sign * (d or 0.0)) for values in points.values() for x, y, d in values for sign in (-1, 1)]
-    axes.plot(*zip(*ends, strict=True), linestyle="")  # no ink: what is set aside has no say in the limits
+    axes.plot(*zip(*ends, strict=True), linestyle="")  # no ink: shifted points must not change the limits
     axes.margins(x=0.05 + most * 3 / 72 / 5)  # but has its room
     if min(everything) > 0 and max(everything) > 8 * min(everything):
         axes.set_xscale("log")
@@ -217,21 +217,21 @@ def frontier(
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("parameters of the low-rank factors that remain (head not counted)")
     dress(axes)
-    axes.set_ylabel(metric + draw_chance(axes.axhline, axes.get_ylim, axes.set_ylim, one_class))
+    axes.set_ylabel(metric + draw_constant(axes.axhline, axes.get_ylim, axes.set_ylim, one_class))
     put_legend(figure, title, names)
     return figure
 
 
-def stages(curves_: Mapping[str, Sequence[Mapping[str, Any]]], key: str, metric: str, title: str) -> Figure:
-    """SoRA's schedule: threshold against remaining parameters, and those against the metric, a line a seed.
+def stages(by_seed: Mapping[str, Sequence[Mapping[str, Any]]], key: str, metric: str, title: str) -> Figure:
+    """SoRA's schedule: threshold against remaining parameters, and those against the metric, one line per seed.
 
     Args:
-        curves_: for each seed its stages, each with `lambda`, `remaining` and `metrics`.
+        by_seed: for each seed its stages, each with `lambda`, `remaining` and `metrics`.
         key: name of the metric there; a score between 0 and 1.
     """
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
-    for i, (seed, curve) in enumerate(curves_.items()):
+    for i, (seed, curve) in enumerate(by_seed.items()):
         look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "label": f"seed {seed}"}
         remaining = [stage["remaining"] for stage in curve]
         left.plot([stage["lambda"] for stage in curve], remaining, **look)
@@ -249,8 +249,8 @@ def stages(curves_: Mapping[str, Sequence[Mapping[str, Any]]], key: str, metric:
     dress(right)
     put_legend(
         figure,
-        f"{title}: sparsifying schedule, a point at the end of each stage, a line a seed",
-        [f"seed {seed}" for seed in curves_],
+        f"{title}: sparsifying schedule, a point at the end of each stage, one line per seed",
+        [f"seed {seed}" for seed in by_seed],
     )
     return figure
 
@@ -262,7 +262,7 @@ def tuning(
     metric: str,
     title: str,
 ) -> Figure:
-    """One panel a tuned flag: a dot a trial, a line through the means, a ring around the chosen value.
+    """One panel per tuned flag: one dot per trial, a line through the means, a ring around the chosen value.
 
     A cross at the bottom is a trial without a score. The last panel has the best score to expect of so many trials,
     with its deviation.

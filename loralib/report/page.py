@@ -36,7 +36,7 @@ from loralib.report.tuning import (
 from loralib.report.webpage import webpage
 
 SELECTIONS = {
-    "last": "the end of each run (where a run was told to load its best checkpoint, that one), validation split",
+    "last": "the end of each run (or its best checkpoint, if the run was told to load that), validation split",
     "best": "the evaluation with the best score of each run, with the parameters that remained then; chosen and "
     "reported on the same validation rows: biased upwards",
     "heldout": "the evaluation that is best on one half of the validation rows, reported on the other half "
@@ -46,7 +46,7 @@ Others = Sequence[tuple[Path, str]]
 
 
 def write_csv(runs: pd.DataFrame, others: Others, selection: str, root: Path, out: Path) -> None:
-    """One line a run, with its metrics as fractions; text that a spreadsheet would take for a formula stays text."""
+    """One line per run, with its metrics as fractions; text that a spreadsheet would take for a formula stays text."""
     metrics = [column for column in runs.columns if column.startswith("metric ")]
     lines = runs.assign(status="finished", selection=selection, folder=[run.folder for run in runs["run"]])
     left = pd.DataFrame([{"status": reason, "folder": folder} for folder, reason in others])
@@ -140,6 +140,7 @@ def _models(runs: pd.DataFrame) -> str:
 
 
 def _results(runs: pd.DataFrame, selection: str) -> list[str]:
+    """The sections with the scores and the comparisons, as Markdown."""
     parts = [
         f"{len(runs)} finished runs. Model: {escape(_models(runs)) or '-'}. Scores in percent, mean ± standard "
         f"deviation over n seeds. Selection: **{selection}**, {SELECTIONS[selection]}.",
@@ -149,11 +150,11 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     twice = runs[runs.duplicated(["task", "name", "seed"])][["task", "name"]].drop_duplicates()
     if len(twice):
         named = escape("; ".join(f"{row.task}, {row.name}" for row in twice.itertuples(index=False)))
-        parts.append(f"Several runs of one seed, of which the last in the order of folders counts: {named}.")
+        parts.append(f"Some seeds have several runs; the one whose folder sorts last is used: {named}.")
     lacking = sum(not run.chosen(selection) for run in runs["run"])
     if lacking:
         flag = "--heldout_split SEED" if selection == "heldout" else "--eval_strategy epoch"
-        parts.append(f"{lacking} runs hold nothing for this selection (run them with {flag}).")
+        parts.append(f"{lacking} runs have no evaluation for this selection (run them with {flag}).")
     parts += _one_class(runs) + _over_budget(runs, selection)
     found = comparisons(runs)
     if found:
@@ -167,33 +168,33 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
         )
         said = "\n".join(f"- {escape(sentence)}" for sentence in sentences(found))
         parts += ["## Difference to LoRA", text, difference_table(found), said, limits]
-    text = "What each method was trained with; other settings are those that the methods of a task do not share."
+    text = "What each method was trained with. The last column has only settings in which methods of a task differ."
     return [*parts, "## Settings", text, settings_table(runs)]
 
 
 def _one_class(runs: pd.DataFrame) -> list[str]:
-    """The runs that learned nothing that a score shows; a mean of 0.00 ± 0.00 is no measurement of a method."""
+    """The runs that learned nothing that a score shows; a mean of 0.00 ± 0.00 is not a measurement of a method."""
     same = runs[runs["as_one_class"]]
     if not len(same):
         return []
     named = [f"{task}, {name}, seed {', '.join(map(str, part['seed']))}"
              for (task, name), part in same.groupby(["task", "name"], sort=False)]  # fmt: skip
-    text = "**The score of one answer for every row**, so that nothing was learned that it could show"
+    text = "**No better than a constant answer**: these runs score exactly what one class for every row scores"
     return [f"{text}: {escape('; '.join(named))}."]
 
 
 def _over_budget(runs: pd.DataFrame, selection: str) -> list[str]:
-    """AdaLoRA's runs: that the choice is made at the target budget, and where that could not be."""
+    """For AdaLoRA: that evaluations at the target budget are chosen from, and the runs that have none."""
     allocated = [run for run in runs["run"] if run.target is not None]
     over = [(run, found) for run in allocated if (found := run.over_budget(selection)) is not None]
     lines = [f"{run.task}, {run.name}, seed {run.seed}: {ranks} singular values, target {target}"
              for run, (ranks, target) in over]  # fmt: skip
     parts = []
     if allocated and selection != "last":
-        parts.append("Of AdaLoRA's runs, evaluations at the target budget alone are chosen among, where there are any.")
+        parts.append("For AdaLoRA, the choice is among evaluations at the target budget, if there are any.")
     if lines:
-        why = "is over budget" if selection == "last" else "is over budget, since no evaluation is at the target"
-        parts.append(f"**What is reported of {len(lines)} run(s) {why}**: {escape('; '.join(lines))}.")
+        why = "" if selection == "last" else ", because none of their evaluations was at the target"
+        parts.append(f"**{len(lines)} run(s) are reported over budget**{why}: {escape('; '.join(lines))}.")
     return parts
 
 
@@ -202,20 +203,21 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], trials: int) -> list[str]:
+    """The sections about a tuning as Markdown; nothing without one."""
     if tuning is None:
         return []
     equal = trials_are_equal(tuning)
     fair = "Each method had the same number of trials." if equal else (
-        "**The methods had unlike numbers of trials**: the best of more trials is better by chance."
+        "**The methods had different numbers of trials**: the best of more trials is better by chance."
     )  # fmt: skip
     text = (
-        f"The numbers above are of the values below, with seeds that took no part in the choice; {trials} trials and "
-        f"runs with other values are left out. A value was chosen by the mean score of its trials with "
+        f"The results above use the values below and seeds that were not used for tuning. {trials} trials and runs "
+        f"with other values are left out. A value was chosen by the mean score of its trials with "
         f"{_seeds(tuning['tune_seeds'])}. {fair}"
     )
     expected = (
-        "What the best of so many trials scores on average, over all subsets of the trials; a trial without a score "
-        "counts with the worst one that was seen."
+        "The mean score of the best of k trials, over all subsets of k trials. A trial without a score counts with the "
+        "worst score of the others."
     )
     parts = ["## Chosen values", text, chosen_table(tuning)]
     waiting = Counter(run.task for run in open_trials(runs, tuning))
@@ -224,12 +226,16 @@ def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], trials: int) -
 
 
 def _costs(runs: pd.DataFrame) -> list[str]:
+    """The sections about parameters, time and memory, and about SoRA's schedule, as Markdown."""
     text = (
-        "Means over the runs. trained: parameters that train, without the head; remaining: what is left of the "
-        "low-rank factors after pruning in the model that is reported; head: the parameters of the head, which train "
-        "with every method and are in no other column; seconds: wall time of all processes of a run, where an earlier "
-        "one counts up to the checkpoint that was resumed; peak MB: the most memory in use, "
-        f"{escape(' or '.join(_measured(runs)) or 'not recorded')}; evaluated rows/s: of the last evaluation."
+        "Means over the runs:\n\n"
+        "- trained: parameters that train, without the head.\n"
+        "- remaining: what is left of the low-rank factors after pruning, in the model that is reported.\n"
+        "- head: the parameters of the head, which train with every method and are in no other column.\n"
+        "- seconds: wall time of all processes of a run; an earlier process counts up to the checkpoint that was "
+        "resumed.\n"
+        f"- peak MB: the most memory in use, {escape(' or '.join(_measured(runs)) or 'not recorded')}.\n"
+        "- evaluated rows/s: the speed of the last evaluation."
     )
     parts = ["## Cost", text, cost_table(runs)]
     schedule = stage_table(list(runs["run"]))
@@ -264,6 +270,7 @@ def _measured(runs: pd.DataFrame) -> list[str]:
 
 
 def _beside(runs: pd.DataFrame, selection: str, published: Path | None) -> list[str]:
+    """The section with the papers' numbers, as Markdown; nothing without such numbers."""
     tables = published_tables(published, list(runs["task"].drop_duplicates())) if published else []
     if not tables:
         return []
@@ -276,7 +283,7 @@ def _beside(runs: pd.DataFrame, selection: str, published: Path | None) -> list[
 
 
 def main(argv: Sequence[str] | None, description: str, published: Path) -> int:
-    """Returns the exit status."""
+    """Write the report, print its path, and return the exit status."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with runs at any depth, or a compact results file")
     parser.add_argument(

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-# What is read of a results file: an example of each kind; None: a number or null. Keys may be missing, "*" is any key.
+# A schema by example: a value stands for its kind, None for a number or null. Keys may be missing; "*" is any key.
 RESULTS: Any = {
     "status": "",
     "method": "",
@@ -65,13 +65,13 @@ def read_results(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise OSError(f"{what} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is cut short or no JSON") from error
+        raise ValueError(f"{what} is cut short or not JSON") from error
     check_results(data, what)
     return data
 
 
 def check_results(data: Any, what: str) -> None:
-    """Raise ValueError with the first entry of a results file that is not of the kind that this project writes."""
+    """Raise ValueError if an entry of a results file has another kind than this project writes; it names the first."""
     if not isinstance(data, dict) or data.get("version") != 1:
         raise ValueError(f"{what} is not one of this project's (version 1)")
     wrong = _unlike(data, RESULTS, "")
@@ -83,7 +83,7 @@ def _unlike(value: Any, example: Any, name: str) -> str | None:
     """The first entry that is not of its example's kind, in words; None where all are."""
     if isinstance(example, dict):
         if not isinstance(value, dict):
-            return f"{name} is no mapping"
+            return f"{name} is not a mapping"
         for key in value:
             if key in example or "*" in example:
                 below = example.get(key, example.get("*"))
@@ -93,12 +93,12 @@ def _unlike(value: Any, example: Any, name: str) -> str | None:
         return None
     if isinstance(example, list):
         if not isinstance(value, list):
-            return f"{name} is no list"
+            return f"{name} is not a list"
         wrong_ones = (_unlike(v, example[0], f"{name}[{i}]") for i, v in enumerate(value))
         return next((wrong for wrong in wrong_ones if wrong), None)
     if isinstance(example, str):
-        return None if isinstance(value, str) else f"{name} is no text"
+        return None if isinstance(value, str) else f"{name} is not a text"
     if value is None and example is None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e25
-    return None if number else f"{name} is no number"
+    return None if number else f"{name} is not a number"

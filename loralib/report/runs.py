@@ -36,7 +36,16 @@ NO_PART_OF_A_METHOD = re.compile(
 
 @dataclass
 class Run:
-    """One results file, with those of the stages before it (SoRA's schedule)."""
+    """One results file, with those of the stages before it (SoRA's schedule).
+
+    The names of its method, from the file to the report:
+
+    - recorded: the method in run.json; LoRA with a penalty is lora-orth.
+    - arm: the name of the method in the sweep.
+    - method: the name in the report: `label` (the `arm`, set if several arms have the same `recorded`), or `recorded`.
+    - variant: the settings in which it differs from other runs of its task and method, such as `lora_r=4`.
+    - name: method and variant.
+    """
 
     folder: Path
     data: Mapping[str, Any]
@@ -64,12 +73,12 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method that the run names, or its arm, where several arms of a sweep name the same one."""
+        """The name in the report: `recorded`, or `arm` if several arms have the same `recorded`."""
         return self.label or self.recorded
 
     @property
     def recorded(self) -> str:
-        """The method that the run names, with lora-orth for LoRA with a penalty."""
+        """The method in run.json; LoRA with a penalty is lora-orth."""
         name = str(self.data.get("method", "?"))
         return "lora-orth" if name == "lora" and (self.arguments.get("reg_orth_coef") or 0) > 0 else name
 
@@ -86,12 +95,12 @@ class Run:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of the task that the run has."""
+        """Names of the task's metrics, the one by which evaluations are chosen first; at most two of a generic task."""
         return METRICS.get(self.task) or tuple(m for m in GENERAL if f"eval_{m}" in self.data.get("metrics", {}))[:2]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """One entry an evaluation: step, epoch, eval_*, heldout_*, and what was watched; over all stages.
+        """One entry per evaluation: step, epoch, eval_*, heldout_*, and what was watched; over all stages.
 
         The first entry of a step counts: what follows at the end of a run repeats it, or is MNLI's mismatched half.
         An entry with `model_of_step` evaluates the best model again, which --load_best_model_at_end has loaded.
@@ -113,10 +122,10 @@ class Run:
         return found
 
     def evaluation(self, selection: str) -> dict[str, Any] | None:
-        """The evaluation that `selection` (best or heldout) chooses; None where the run has none.
+        """The evaluation that `selection` (best or heldout) chooses; None if the run has none.
 
-        AdaLoRA's evaluations at the target budget are chosen among, where there are any: before its final phase a model
-        has more parameters than the run is to end with.
+        For AdaLoRA, the choice is among evaluations at the target budget, if there are any: before its final phase a
+        model has more parameters than the run is to end with.
         """
         if not self.metrics:
             return None
@@ -148,13 +157,13 @@ class Run:
         counts = self.data.get("parameters") or {}
         if not counts.get("lora"):
             return None
-        if selection == "last":  # 0 without the rank of any matrix: the factors are another library's
+        if selection == "last":  # `remaining` is 0 and no rank is recorded if another library made the factors
             return counts.get("remaining") if counts.get("remaining") or self.ranks else None
         evaluation = self.evaluation(selection) or {}
         return evaluation.get("remaining_nonzero", evaluation.get("remaining"))
 
     def over_budget(self, selection: str) -> tuple[int, int] | None:
-        """Singular values of the model that `selection` reports, and the target, where there are more than that."""
+        """Singular values of the model that `selection` reports, and the target; None unless the run is over it."""
         target, ranks = self.target, self.data.get("total_rank", sum(self.ranks.values()))
         if selection != "last":
             ranks = _nonzero(self.evaluation(selection) or {})
@@ -183,7 +192,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Wall time of all processes of the run; of the last one alone in a record that does not have the others."""
+        """Wall time of all processes of the run; only of the last one if the record lacks the others."""
         return self.data.get("total_seconds", self.data.get("wall_seconds"))
 
     @property
@@ -213,7 +222,7 @@ def read(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
     """Finished trainings below `root`, and every other run's folder with the reason why it does not count.
 
     Args:
-        root: a folder of runs, or a compact results file (one record a line).
+        root: a folder of runs, or a compact results file (one record per line).
     """
     runs, others = _read_records(root) if root.is_file() else _read_folders(root)
     name_variants(runs)
@@ -227,8 +236,11 @@ def _read_records(file: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
         try:
             data = json.loads(line)
             check_results(data, "its record")
-        except (ValueError, RecursionError) as error:
-            others.append((place, str(error) if "its record" in str(error) else "its record is cut short or no JSON"))
+        except (json.JSONDecodeError, RecursionError):
+            others.append((place, "its record is cut short or not JSON"))
+            continue
+        except ValueError as error:
+            others.append((place, str(error)))
             continue
         run = Run(place, data)
         if data.get("status") == "finished":
@@ -256,7 +268,7 @@ def _read_folders(root: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
             continue
         run = Run(folder, data, stages)
         if run.arguments.get("do_train") is False:
-            others.append((folder, f"{run.method} on {run.task}: evaluation or prediction alone, nothing was trained"))
+            others.append((folder, f"{run.method} on {run.task}: evaluation or prediction without training"))
         elif data.get("status") == "finished":
             runs.append(run)
         else:
@@ -276,9 +288,9 @@ def _last_words(folder: Path) -> str:
 
 
 def name_variants(runs: Sequence[Run]) -> None:
-    """Name runs of one task and method by the settings in which they differ: a grid shows itself.
+    """Name runs of one task and method by the settings in which they differ, so a grid needs no declaration.
 
-    Arms of a sweep that name one method (an entry point of a user's that trains LoRA, say) are told apart by the arm.
+    Arms of a sweep that train the same method (such as a user's entry point that trains LoRA) are named by the arm.
     """
     arms: dict[str, set[str]] = {}
     for run in runs:
@@ -294,7 +306,7 @@ def name_variants(runs: Sequence[Run]) -> None:
 
 
 def brief(value: Any) -> str:
-    """A setting in words; of a path its last name, since a folder may move."""
+    """A setting in words; a path is shortened to its last part, since a folder may move."""
     return Path(value).name if isinstance(value, str) and "/" in value else f"{value}"
 
 
@@ -313,7 +325,7 @@ def ordered(runs: Iterable[Run]) -> list[Run]:
 
 
 def frame(runs: Iterable[Run], selection: str) -> pd.DataFrame:
-    """One row a run, in the order of `ordered`: what it is, its metrics as fractions, its cost, and the run itself."""
+    """One row per run, in the order of `ordered`: names, metrics as fractions, cost, and the run itself."""
     rows: list[dict[str, Any]] = []
     for run in ordered(runs):
         about = {"task": run.task, "method": run.method, "variant": run.variant, "name": run.name, "seed": run.seed}

@@ -1,4 +1,4 @@
-"""Singular values and effective rank of trained updates, from the factors alone. Needs numpy only."""
+"""Singular values and effective rank of trained updates, computed from the factors. Needs only numpy."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ def _read_factors(file: Path) -> dict[str, Array]:
     for name, entry in found:
         if entry["dtype"] not in kinds:
             raise ValueError(
-                f"adapter.safetensors holds {name} as {entry['dtype']}, which is no kind of float read here"
+                f"adapter.safetensors holds {name} as {entry['dtype']}, a kind of float that is not read here"
             )
         values = np.frombuffer(entry["data"], kinds[entry["dtype"]])
         if entry["dtype"] == "BF16":  # the upper half of a float32

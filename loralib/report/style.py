@@ -72,10 +72,10 @@ def begin_at_zero(axes: Any) -> None:
     axes.set_ylim(min(0.0, low), high + 0.07 * (high - min(0.0, low)))
 
 
-def draw_chance(line: Any, limits: Any, set_limits: Any, score: float | None) -> str:
+def draw_constant(line: Any, limits: Any, set_limits: Any, score: float | None) -> str:
     """Draw the score of answering one class for every row where it is near the data, and give it as words for the axis.
 
-    Farther away a line would squeeze what is to be compared.
+    If it is far away, only the axis label names it, because a line would compress the data.
     """
     if score is None:
         return ""

@@ -19,7 +19,7 @@ WORDS = {"matthews_correlation": "Matthews", "accuracy_mm": "mismatched", "combi
 
 
 def escape(text: str) -> str:
-    """Text of a user's as Markdown shows it: no character of it opens a table cell, HTML, an image or a formula."""
+    """Escape text for a Markdown table cell: no character of it opens a cell, HTML, an image or a formula."""
     one_line = " ".join(str(text).split())
     marked = re.sub(r"([\\`*{}\[\]|$~#])|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line)
     return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -34,10 +34,10 @@ def code(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], words_last: bool = False) -> str:
-    """A Markdown table, numbers to the right. Cells are Markdown: `escape` what a user named.
+    """A Markdown table; all columns but the first are aligned right. Cells are Markdown: `escape` what a user named.
 
     Args:
-        words_last: the last column has words, which begin on the left.
+        words_last: the last column has words, which are aligned left.
     """
     numbers = len(header) - 1 - words_last
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * numbers + ":---|" * words_last]

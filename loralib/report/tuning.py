@@ -9,6 +9,7 @@ from loralib.errors import InputError
 from loralib.jsonfile import read_json
 from loralib.report.runs import SMALLER_IS_BETTER, Run, name_variants
 from loralib.report.tables import escape, percent, table
+from loralib.sweep.settings import same_as_typed
 
 TUNING_FILE = "tuning.json"
 
@@ -19,7 +20,7 @@ def file_beside(results: Path) -> Path:
 
 
 def read_tuning(root: Path) -> dict[str, Any] | None:
-    """The record of the tuning beside the runs; None where nothing was tuned.
+    """The record of the tuning beside the runs; None if nothing was tuned.
 
     Raises:
         InputError: it is cut short or not one of this project's.
@@ -50,7 +51,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
         if isinstance(error.__cause__, OSError):  # it may be whole
             raise
         raise InputError(
-            f"{file} is no record of a tuning: remove it and run the sweep again, or name another --output."
+            f"{file} is not a record of a tuning: remove it and run the sweep again, or name another --output."
         ) from error
 
 
@@ -64,7 +65,8 @@ def final_runs(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
     found = []
     for run in runs:
         values = chosen.get((run.task, run.arm))
-        final = run.seed not in tuning["tune_seeds"] and all(_is(run, n, v) for n, v in (values or {}).items())
+        chosen_values = all(same_as_typed(run.arguments.get(n), v) for n, v in (values or {}).items())
+        final = run.seed not in tuning["tune_seeds"] and chosen_values
         if final if values is not None else run not in waiting:
             found.append(run)
     name_variants(found)
@@ -79,20 +81,12 @@ def open_trials(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
             if run.arm in tuned and (run.task, run.arm) not in chosen and run.seed in tuning["tune_seeds"]]  # fmt: skip
 
 
-def _is(run: Run, name: str, value: str) -> bool:
-    done = run.arguments.get(name)
-    try:
-        return float(value) == float(done)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return str(done).lower() == value.lower()
-
-
 def chosen_table(tuning: Mapping[str, Any]) -> str:
     """Chosen values, number of trials and their score, for each task and method."""
     rows = []
     for choice in tuning["choices"]:
         values = ", ".join(f"{name} {value}" for name, value in choice["values"].items())
-        edge = f"at the edge of its grid: {', '.join(choice['edges'])}" if choice["edges"] else "inside"
+        edge = f"at the edge of its grid: {', '.join(choice['edges'])}" if choice["edges"] else "inside its grid"
         diverged = sum(score["score"] is None for score in choice["scores"])
         score = f"{percent(choice['metric'], [choice['mean']])[0]:.2f}"
         rows.append([escape(f"{choice['task']}, {choice['method']}"), escape(values), str(len(choice["scores"])),
@@ -109,18 +103,12 @@ def trials_are_equal(tuning: Mapping[str, Any]) -> bool:
     return all(len(found) == 1 for found in counts.values())
 
 
-def expected_best(scores: Sequence[float], metric: str = "") -> list[float]:
-    """Expected best score of k trials, for k = 1 to their number n, without bias.
-
-    The mean over all subsets of k of the n trials, drawn without putting back: of the i-th smallest score, the share of
-    subsets whose best it is, is C(i - 1, k - 1) / C(n, k) (Show Your Work, arXiv 1909.03004, without its bias; Tang et
-    al. 2020).
-    """
-    return [mean for mean, _ in best_of_trials(scores, metric)]
-
-
 def best_of_trials(scores: Sequence[float], metric: str = "") -> list[tuple[float, float]]:
-    """Mean and standard deviation of the best score over all subsets of k trials, for k = 1 to their number."""
+    """Mean and standard deviation of the best score of k trials, over all subsets of k trials, for k = 1 to n.
+
+    The i-th smallest score is the best of C(i - 1, k - 1) of the C(n, k) subsets (Show Your Work, arXiv 1909.03004,
+    without its bias; Tang et al. 2020).
+    """
     order = sorted(scores, reverse=metric in SMALLER_IS_BETTER)
     n, found = len(order), []
     for k in range(1, n + 1):
@@ -152,7 +140,8 @@ def expected_table(tuning: Mapping[str, Any]) -> str:
     """Expected best trial score against the number of trials."""
     rows, longest = [], max(len(choice["scores"]) for choice in tuning["choices"])
     for choice in tuning["choices"]:
-        values = percent(choice["metric"], expected_best(trial_scores(choice), choice["metric"]))
+        means = [mean for mean, _ in best_of_trials(trial_scores(choice), choice["metric"])]
+        values = percent(choice["metric"], means)
         cells = [f"{value:.2f}" for value in values] + ["-"] * (longest - len(values))
         rows.append([escape(f"{choice['task']}, {choice['method']}"), *cells])
     return table(["task, method", *(f"{k} trials" if k > 1 else "1 trial" for k in range(1, longest + 1))], rows)

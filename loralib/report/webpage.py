@@ -1,4 +1,4 @@
-"""The report as one HTML file that opens anywhere: figures inside as SVG, tables that sort, nothing from elsewhere."""
+"""The report as one HTML file that opens anywhere: figures inside as SVG, tables that sort, no external resources."""
 
 import base64
 import hashlib
@@ -44,7 +44,7 @@ code { background: #f2f2f2; padding: 0 .2rem; }
 @media print { th button::after { content: none; } figure { break-inside: avoid; } }
 """
 
-# Sorts a table by the first number in each cell, or by the text where a column has none; what has no number goes last.
+# Sorts a table by the first number in each cell, or by the text if a column has none; cells without a number go last.
 SCRIPT = r"""
 for (const table of document.querySelectorAll("table")) table.querySelectorAll("thead th").forEach((head, column) => {
   const button = document.createElement("button");
@@ -71,7 +71,7 @@ def webpage(report: str, figures: Mapping[str, str]) -> str:
     """The page of a report.
 
     Args:
-        report: the report as Markdown; names of a user's are escaped in it.
+        report: the report as Markdown; the user's names are escaped in it.
         figures: SVG text by the file name under which the report shows the figure.
     """
     reader = Markdown(extensions=["tables", "toc"], output_format="html")

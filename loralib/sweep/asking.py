@@ -1,4 +1,4 @@
-"""Finds the flags of each run without data or model: its script prints the command, its entry point parses it.
+"""Computes each run's flags: runs its script with DRY_RUN=1, then the entry point's parser, without data or model.
 
 python -m loralib.sweep.asking < questions.json     (runs in a process of its own, because the sweep imports no torch)
 """
@@ -21,10 +21,10 @@ from typing import Any
 
 from loralib.errors import InputError
 from loralib.sweep.plan import METHODS, ROOT, Job
-from loralib.sweep.settings import Asked, short_path, typed_flags
+from loralib.sweep.settings import RequestedRun, short_path, typed_flags
 
 
-def ask(jobs: Sequence[Job], processes: int = 1) -> dict[Job, Asked]:
+def ask(jobs: Sequence[Job], processes: int = 1) -> dict[Job, RequestedRun]:
     """Parse the flags of each run. Equal commands are parsed once.
 
     Args:
@@ -43,7 +43,7 @@ def ask(jobs: Sequence[Job], processes: int = 1) -> dict[Job, Asked]:
         if answer is not None and answer["arguments"].get("overwrite_output_dir"):
             raise InputError(
                 f"{kind[0]}, {kind[1].name}: with --overwrite_output_dir each attempt at a run that was cut off would "
-                "start anew; remove the folders that are to be run anew, or name another --output."
+                "start over; remove the folders that are to be run again, or name another --output."
             )
     return {job: _asked(job, printed[kind], parsed.get(_key(printed[kind]))) for job, kind in _kinds_of(jobs)}
 
@@ -67,7 +67,7 @@ def _dry_run(job: Job, processes: int) -> tuple[str, list[str], int]:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"its script ended with status {done.returncode}"]
         raise InputError(f"{job.task}, {job.arm.name}: {last[0].removeprefix('error: ')}")
-    words = shlex.split(done.stdout.strip().splitlines()[-1])
+    words = shlex.split(done.stdout.strip().splitlines()[-1])  # its last four are --seed S --output_dir D (plan.Job)
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     count = int(words[words.index("--nproc_per_node") + 1]) if "--nproc_per_node" in words[:at] else 1
     argv = words[at + 1 :]
@@ -75,7 +75,10 @@ def _dry_run(job: Job, processes: int) -> tuple[str, list[str], int]:
 
 
 def _can_be_asked(entry: str) -> bool:
-    """Whether a file is an entry point as in docs/variant.md: it runs nothing when imported, and its main parses."""
+    """Whether a file looks like an entry point of docs/variant.md, which runs nothing when it is imported.
+
+    It has a function `main` and uses the names `parse` and `__name__`.
+    """
     try:
         tree = ast.parse(Path(entry).read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):
@@ -86,7 +89,7 @@ def _can_be_asked(entry: str) -> bool:
     return has_main and {"parse", "__name__"} <= names
 
 
-def _asked(job: Job, command: tuple[str, list[str], int], answer: Mapping[str, Any] | None) -> Asked:
+def _asked(job: Job, command: tuple[str, list[str], int], answer: Mapping[str, Any] | None) -> RequestedRun:
     entry, argv, processes = command
     method = None if job.arm.own else METHODS[job.arm.method]
     arguments = None if answer is None else answer["arguments"]
@@ -99,7 +102,9 @@ def _asked(job: Job, command: tuple[str, list[str], int], answer: Mapping[str, A
             data = (Path(name).name, *([job.task] if (Path(name) / job.task).is_dir() else []))
     at_default = frozenset(() if answer is None else answer["at_default"])
     given = typed_flags(job.flags)
-    return Asked(job.task, job.seed, job.arm.name, method, short_path(entry), arguments, given, at_default, batch, data)
+    return RequestedRun(
+        job.task, job.seed, job.arm.name, method, short_path(entry), arguments, given, at_default, batch, data
+    )
 
 
 # ---- in the process that parses ----

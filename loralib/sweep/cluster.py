@@ -48,7 +48,7 @@ class Cluster:
                 f"sweeps run on Ray, which is not installed: pip install -e '{ROOT}[sweep]' (a single run needs no "
                 "Ray: bash scripts/mrpc.sh lora)."
             ) from error
-        self._refuse_silence()
+        self._check_address()
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             if self.address:
@@ -61,13 +61,14 @@ class Cluster:
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(self.folder / "ray"), **quiet)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             self.stop()
-            raise InputError(
-                f"Ray could not start, or not reach {self.address or 'itself'}: {' '.join(str(error).split())[:300]}"
-            ) from error
+            what, way = "start on this machine", "free memory and disk in the temporary folder, or give --address"
+            if self.address:
+                what, way = f"reach {self.address}", "check the address, and RAY_AUTH_TOKEN if that cluster needs one"
+            raise InputError(f"Ray could not {what} ({' '.join(str(error).split())[:300]}): {way}.") from error
         self.ray = ray
         return ray
 
-    def _refuse_silence(self) -> None:
+    def _check_address(self) -> None:
         """Refuse an address at which nothing answers; Ray itself would try for minutes."""
         host, _, port = (self.address or "").removeprefix("ray://").rpartition(":")
         if port.isdigit():
@@ -81,7 +82,7 @@ class Cluster:
     def alive(self) -> bool:
         """Whether the control service answers and a machine is left.
 
-        Ray silently ends a process a minute after its control service is gone. This notices it before.
+        Ray ends the driver about a minute after its control service is gone; this check comes earlier.
         """
         try:
             gcs = self.ray.get_runtime_context().gcs_address

@@ -17,7 +17,7 @@ from loralib.sweep.dispatch import sweep
 from loralib.sweep.guard import guard, interrupt
 from loralib.sweep.plan import METHODS, ROOT, Job, plan, split_arms
 from loralib.sweep.records import Done, ResultsFile, closest, is_asked_for, runs_below
-from loralib.sweep.settings import Asked
+from loralib.sweep.settings import RequestedRun
 from loralib.sweep.tune import choose, plan_tuning, say
 
 
@@ -27,7 +27,7 @@ def numbers(text: str) -> list[int]:
         parts = [part.split("-") for part in text.split(",")]
         return [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} are no seeds: write 1,2,3 or 1-5") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds: write 1,2,3 or 1-5") from error
 
 
 def names(text: str) -> list[str]:
@@ -52,34 +52,34 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--tune_seeds", type=numbers, default=[], help="seeds of the trials, other ones than --seeds")
     parser.add_argument("--tune_selection", choices=["last", "best"], default="last",
                         help="a trial's score: at its end, or of its best evaluation (default last)")  # fmt: skip
-    parser.add_argument("--unequal_trials", action="store_true", help="allow unlike numbers of trials")
+    parser.add_argument("--unequal_trials", action="store_true", help="allow different numbers of trials")
     parser.add_argument("--only", action="append", default=[],
                         help="METHOD:FLAGS or TASK/METHOD:FLAGS; may be given several times")  # fmt: skip
-    parser.add_argument("--like", help="entry points of yours get the task's settings of this method")
+    parser.add_argument("--like", help="your entry points get the task's settings of this method")
     parser.add_argument("--output", default=os.environ.get("OUTPUT", str(ROOT / "output")), help="base folder")
     parser.add_argument("--results", type=Path, help="compact results file: runs in it are done, new ones are added")
     parser.add_argument("--adopt", type=Path, action="append", default=[],
-                        help="folder whose finished runs count where their settings are those asked for")  # fmt: skip
+                        help="folder of earlier runs; those with the requested settings are not repeated")  # fmt: skip
     parser.add_argument("--address", help="a running Ray cluster, which must see the same clone and output folder")
     parser.add_argument("--wait_for_cluster", type=float, default=10.0, metavar="MINUTES",
-                        help="how long a cluster that vanished is looked for (default 10)")  # fmt: skip
+                        help="minutes to wait for a lost cluster (default 10)")  # fmt: skip
     parser.add_argument("--gpus_per_run", type=float, help="GPUs of a run, shares allowed (default 1 if there are any)")
     parser.add_argument("--cpus_per_run", type=float, help="CPU cores of a run (default up to 4)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
     return parser
 
 
-def listed(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done) -> Iterator[str]:
+def listed(jobs: Sequence[Job], asked: Mapping[Job, RequestedRun], done: Done) -> Iterator[str]:
     """The commands of all runs; those of finished runs begin with `# finished: `."""
     for job in jobs:
-        yield f"{'# finished: ' if done.look(job, asked[job]) else ''}{shlex.join(hide(job.command))}"
+        yield f"{'# finished: ' if done.find_or_add(job, asked[job]) else ''}{shlex.join(hide(job.command))}"
 
 
-def say_near_misses(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done) -> None:
+def say_near_misses(jobs: Sequence[Job], asked: Mapping[Job, RequestedRun], done: Done) -> None:
     """Print why runs of other folders or of the results file, although similar, do not count for this sweep."""
-    missing = [job for job in jobs if done.look(job, asked[job]) is None]
+    missing = [job for job in jobs if done.find_or_add(job, asked[job]) is None]
 
-    def counts(run: Mapping[str, Any]) -> bool:  # a grid's other runs are no near misses
+    def counts(run: Mapping[str, Any]) -> bool:  # a grid's other runs are not near misses
         of_task = (
             one for one in asked.values() if (one.task, one.seed) == (run.get("task"), run["arguments"].get("seed"))
         )
@@ -90,7 +90,7 @@ def say_near_misses(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done)
     found = [(job, closest(others, asked[job])) for job in missing]
     near = [(job, words) for job, words in found if words]
     for job, words in near[:10]:
-        print(f"{job.name}: a finished run is not taken, since it has {'; '.join(words[:4])}")
+        print(f"{job.name}: a finished run is not reused: {'; '.join(words[:4])}")
     if len(near) > 10:
         print(f"... and {len(near) - 10} more runs like these")
 
@@ -99,7 +99,7 @@ def open_records(args: argparse.Namespace) -> Done:
     """Read the results file and the runs below the folders of --adopt."""
     for folder in args.adopt:
         if not folder.is_dir():
-            raise InputError(f"--adopt {folder} is no folder: name the base folder of earlier runs.")
+            raise InputError(f"--adopt {folder} is not a folder: name the base folder of earlier runs.")
     adopted = [run for folder in args.adopt for run in runs_below(folder)]
     return Done(ResultsFile(args.results) if args.results else None, adopted)
 
@@ -134,7 +134,9 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
         if tuning and code != 130:
             open_trials = sum(job not in done.known for job in jobs)
             if open_trials:
-                raise RunError(f"{open_trials} trials failed, and the choice waits for them: the same command goes on.")
+                raise RunError(
+                    f"{open_trials} trials failed, so no value is chosen. Run the same command again to retry them."
+                )
             choices = choose(tuning, done)
             say(choices)
             jobs = tuning.finals(choices)

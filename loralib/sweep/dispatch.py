@@ -1,4 +1,4 @@
-"""Runs a sweep on Ray: shows the progress, tries a failed run once more, and blames no run for a lost cluster."""
+"""Runs a sweep on Ray: shows the progress, tries a failed run once more; a lost cluster counts as no run's failure."""
 
 import argparse
 import math
@@ -21,10 +21,10 @@ from loralib.sweep.cluster import Cluster, ClusterLost, resources
 from loralib.sweep.guard import wait_until_free
 from loralib.sweep.plan import ROOT, Job
 from loralib.sweep.records import Done, result, status
-from loralib.sweep.settings import Asked
+from loralib.sweep.settings import RequestedRun
 
 PAUSE = 10.0  # seconds between two attempts to find a cluster again
-LOSSES = 3  # a cluster may be lost so often without the end of a run in between
+LOSSES = 3  # give up if a cluster is lost more often than this without the end of a run in between
 BAD_INPUT = 2  # exit status of a run whose flags or files are refused
 
 
@@ -65,7 +65,7 @@ class Progress:
         self.last = ""
 
 
-def sweep(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done, args: argparse.Namespace) -> int:
+def sweep(jobs: Sequence[Job], asked: Mapping[Job, RequestedRun], done: Done, args: argparse.Namespace) -> int:
     """Run all jobs that are not done.
 
     Returns:
@@ -74,7 +74,7 @@ def sweep(jobs: Sequence[Job], asked: Mapping[Job, Asked], done: Done, args: arg
     Raises:
         ClusterLost: the cluster is gone and did not come back.
     """
-    todo = deque(job for job in jobs if done.look(job, asked[job]) is None)
+    todo = deque(job for job in jobs if done.find_or_add(job, asked[job]) is None)
     for job in todo:
         if result(job) == {}:
             print(f"{job.folder / 'run.json'} is cut short or not a results file: that run is done again.")
@@ -114,12 +114,12 @@ def _list_failed(jobs: Sequence[Job], done: Done) -> int:
 
 
 class _Loop:
-    """The loop of a sweep, with the runs that wait, those on the way and those that have ended."""
+    """The loop of a sweep, with the runs that wait, those under way and those that have ended."""
 
     def __init__(
         self,
         jobs: Sequence[Job],
-        asked: Mapping[Job, Asked],
+        asked: Mapping[Job, RequestedRun],
         done: Done,
         args: argparse.Namespace,
         cluster: Cluster,
@@ -170,12 +170,14 @@ class _Loop:
             self.lost[job] = self.lost.get(job, 0) + self.cluster.alive()
             if self.lost[job] <= LOSSES:
                 self.todo.appendleft(job)
-                self.progress.say(f"{job.name} lost its machine ({type(error).__name__}): it goes on when there is one")
+                self.progress.say(
+                    f"{job.name} lost its machine ({type(error).__name__}): it goes on when a machine is free"
+                )
                 return
             why = f"lost its machine {self.lost[job]} times"
             self.failures[job] = 1
         self.losses = 0
-        if status(job) in ("finished", "diverged") and self.done.look(job, self.asked[job]) is not None:
+        if status(job) in ("finished", "diverged") and self.done.find_or_add(job, self.asked[job]) is not None:
             if status(job) == "finished":
                 self.progress.done += 1
             else:
@@ -186,13 +188,13 @@ class _Loop:
         self.failures[job] = self.failures.get(job, 0) + 1
         if self.failures[job] == 1 and code != BAD_INPUT:
             self.todo.append(job)
-            self.progress.say(f"{job.name} {why}: tried once more, later")
+            self.progress.say(f"{job.name} {why}: will be tried once more at the end")
         else:
             self.progress.failed += 1
             self.progress.say(f"{job.name} {why}: given up, see {job.folder / 'run.log'}")
 
     def _find_again(self) -> None:
-        """Start or join the cluster anew. Runs that were on the way wait again, and none of them counts as failed.
+        """Start or join the cluster again. Runs that were under way return to the queue, and none counts as failed.
 
         Raises:
             ClusterLost: the cluster did not come back in time, or was lost again and again.
@@ -205,7 +207,7 @@ class _Loop:
         for job in left:
             wait_until_free(job.folder, end=True)
         for job in reversed(left):
-            if self.done.look(job, self.asked[job]) is None:
+            if self.done.find_or_add(job, self.asked[job]) is None:
                 self.todo.appendleft(job)
             else:
                 self.progress.done += 1
@@ -226,10 +228,10 @@ class _Loop:
                         f"({error}); {counts}."
                     ) from error
                 time.sleep(PAUSE)
-        raise ClusterLost(f"the Ray cluster was lost {self.losses} times with no run that ended in between; {counts}.")
+        raise ClusterLost(f"the Ray cluster was lost {self.losses} times, and no run ended in between; {counts}.")
 
     def end(self) -> None:
-        """Cancel the runs that are on the way, and wait for their guards."""
+        """Cancel the runs that are under way, and wait for their guards."""
         alive = self.cluster.ray is not None and (not self.running or self.cluster.alive())
         for call in self.running if alive else ():
             self.cluster.ray.cancel(call, force=True)

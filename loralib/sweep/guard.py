@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def die_with_parent(signum: int) -> None:
-    """Ask the kernel for a signal when the parent ends, in whatever way."""
+    """Ask the kernel for a signal when the parent ends in any way."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum)
 
 
@@ -56,7 +56,7 @@ def guard(parent: int, folder: Path, command: Sequence[str]) -> int:
     When Ray ends a worker, it kills the worker's children at once with SIGKILL. So two processes stand between the
     worker and the run. The first one dies with the worker. The second one gets SIGTERM when the first is gone, and then
     ends the run: with SIGTERM, so that it can write a checkpoint, and with SIGKILL after `GRACE` seconds. Both adopt
-    the processes below them that lose their parents, so that each can end all of them alone.
+    the processes below them that lose their parents, so that each can end all of them by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)

@@ -20,7 +20,7 @@ Point = tuple[tuple[str, str], ...]  # values of a grid: (flag, value) pairs
 
 @dataclass(frozen=True)
 class Arm:
-    """A method of the comparison, with flags of its own."""
+    """A method of the comparison, with its own flags."""
 
     name: str  # in folders and tables
     method: str  # one of METHODS, or the absolute path of an entry point
@@ -63,11 +63,10 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
     check_tasks(args.tasks)
     arms = read_arms(args.methods)
     grid = read_grid(args.grid, "--grid")
-    own = flags_of_cells(args, arms, flags)
-    points: list[Point] = list(itertools.product(*([(name, v) for v in values] for name, values in grid.items())))
+    own = flags_by_task_and_arm(args, arms, flags)
     jobs = [
         make_job(args.output, task, arm, seed, own[task, arm], point)
-        for seed, task, arm, point in itertools.product(args.seeds, args.tasks, arms, points)
+        for seed, task, arm, point in itertools.product(args.seeds, args.tasks, arms, points_of(grid))
     ]
     if not jobs:
         raise InputError("nothing to run: --tasks, --methods and --seeds (1,2,3 or 1-5) each need one entry or more.")
@@ -125,11 +124,11 @@ def read_arms(entries: Sequence[str]) -> list[Arm]:
         if method not in METHODS and not Path(method).is_file():
             raise InputError(
                 f"method {method!r} is neither a file nor one of {', '.join(METHODS)}: name one of them, or the "
-                "path of an entry point of yours."
+                "path of your entry point."
             )
         where = method if method in METHODS else str(Path(method).absolute())
         if flags and not named:
-            raise InputError(f"--methods {entry!r}: give flags to a name of yours, as in NAME={entry}.")
+            raise InputError(f"--methods {entry!r}: give it a name, as in NAME={entry}.")
         arms.append(Arm(named[1] if named else method_label(method), where, flags))
     return arms
 
@@ -158,14 +157,19 @@ def read_grid(entries: Sequence[str], flag: str) -> dict[str, list[str]]:
     return grid
 
 
-def flags_of_cells(
+def points_of(grid: Mapping[str, Sequence[str]]) -> list[Point]:
+    """All combinations of a grid's values."""
+    return list(itertools.product(*([(name, value) for value in values] for name, values in grid.items())))
+
+
+def flags_by_task_and_arm(
     args: argparse.Namespace, arms: Sequence[Arm], flags: Sequence[str]
 ) -> Mapping[tuple[str, Arm], tuple[str, ...]]:
     """The flags of each task and arm: those of all runs, then the arm's, then those of --only. Later ones win."""
     for flag in flags:
         name = flag.split("=")[0].lstrip("-").replace("-", "_")
-        for set_here, least in (("seed", 2), ("output_dir", 2)):
-            if flag.startswith("--") and len(name) >= least and set_here.startswith(name):
+        for set_here in ("seed", "output_dir"):
+            if flag.startswith("--") and len(name) >= 2 and set_here.startswith(name):  # also abbreviated
                 raise InputError(f"--{set_here} is set by the sweep for each run: use --seeds and --output.")
     if args.like is not None and args.like not in METHODS:
         raise InputError(f"--like {args.like}: it must be one of {', '.join(METHODS)}.")

@@ -13,7 +13,7 @@ from typing import Any
 from loralib.errors import InputError
 from loralib.jsonfile import find_json
 from loralib.sweep.plan import Job
-from loralib.sweep.settings import PLACES, WITHOUT_NUMBERS, Asked, differences, entry_of
+from loralib.sweep.settings import PLACES, WITHOUT_NUMBERS, RequestedRun, differences, entry_of
 
 DONE = ("finished", "diverged")  # a diverged run is done, because with the same flags it would diverge again
 KEPT = ("version", "status", "method", "task", "seed", "commit", "versions", "hardware", "world_size",
@@ -45,7 +45,7 @@ def finished(job: Job) -> bool:
     return status(job) == "finished"
 
 
-def check_settings(job: Job, asked: Asked) -> None:
+def check_settings(job: Job, asked: RequestedRun) -> None:
     """Refuse a finished run that has other settings than those asked for.
 
     Raises:
@@ -54,8 +54,8 @@ def check_settings(job: Job, asked: Asked) -> None:
     found = differences(result(job) or {}, asked)
     if found:
         raise InputError(
-            f"{job.folder} holds a run that is done with {'; '.join(found[:4])}: name another --output, or remove that "
-            "folder."
+            f"{job.folder} holds a run that is done with other settings ({'; '.join(found[:4])}): name another "
+            "--output, or remove that folder."
         )
 
 
@@ -116,11 +116,11 @@ class ResultsFile:
                     self.cut = True
                     continue
                 raise InputError(
-                    f"--results {path}: line {number} is no record of a run: remove that line, or name another file."
+                    f"--results {path}: line {number} is not a record of a run: remove that line, or name another file."
                 ) from error
             self.records.append(record)
 
-    def find(self, asked: Asked) -> dict[str, Any] | None:
+    def find(self, asked: RequestedRun) -> dict[str, Any] | None:
         """The record of a run with these settings that is done; None if there is none."""
         return next((r for r in self.records if r.get("status") in DONE and is_asked_for(r, asked)), None)
 
@@ -139,9 +139,12 @@ class ResultsFile:
         self.records.append(record)
 
 
-def is_asked_for(record: Mapping[str, Any], asked: Asked) -> bool:
-    """Whether a record from elsewhere is that of the run asked for. If the entry point cannot be asked, the record may
-    lack flags, so then the method's name in the sweep has to agree too."""
+def is_asked_for(record: Mapping[str, Any], asked: RequestedRun) -> bool:
+    """Whether a record from elsewhere is that of the requested run.
+
+    If the entry point's parser cannot be called, the record may lack flags. Then the method's name in the sweep has to
+    agree too.
+    """
     return not differences(record, asked) and (asked.arguments is not None or record.get("arm") == asked.arm)
 
 
@@ -151,7 +154,7 @@ def runs_below(folder: Path) -> list[dict[str, Any]]:
     return [run for run in found if run and run.get("status") in DONE]
 
 
-def closest(runs: Iterable[Mapping[str, Any]], asked: Asked) -> list[str]:
+def closest(runs: Iterable[Mapping[str, Any]], asked: RequestedRun) -> list[str]:
     """The differences of the most similar run from the one asked for; [] if none has its task, method and seed."""
     same = [run for run in runs if run.get("task") == asked.task and run["arguments"].get("seed") == asked.seed]
     if asked.method is not None:
@@ -166,8 +169,8 @@ class Done:
         self.results, self.others = results, others
         self.known: dict[Job, dict[str, Any]] = {}
 
-    def look(self, job: Job, asked: Asked) -> dict[str, Any] | None:
-        """The record of a run, or None if it is not done. The record is added to the results file if it is not there.
+    def find_or_add(self, job: Job, asked: RequestedRun) -> dict[str, Any] | None:
+        """The record of a run, or None if it is not done. A record that the results file lacks is added to it.
 
         Raises:
             InputError: the run's folder holds a run that is done with other settings.

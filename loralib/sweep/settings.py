@@ -20,12 +20,12 @@ PLACES = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedRun:
     """The settings of a command, as its entry point parses them.
 
     Attributes:
-        arguments: the value of every flag as in run.json; None if the entry point cannot be asked.
-        given: the flags as they were typed, for an entry point that cannot be asked.
+        arguments: the value of every flag as in run.json; None if the entry point's parser cannot be called.
+        given: the flags as they were typed, for such an entry point.
         at_default: the flags that have their defaults.
         data: the names that the data folder may have in the record of a run on the same data.
     """
@@ -42,7 +42,7 @@ class Asked:
     data: tuple[str, ...] = ()
 
 
-def differences(record: Mapping[str, Any], asked: Asked) -> list[str]:
+def differences(record: Mapping[str, Any], asked: RequestedRun) -> list[str]:
     """The differences between a run's record and a command in settings that decide numbers, in words.
 
     Args:
@@ -50,7 +50,7 @@ def differences(record: Mapping[str, Any], asked: Asked) -> list[str]:
     """
     done = record.get("arguments")
     if not isinstance(done, dict):
-        return ["arguments that are not recorded"]
+        return ["its arguments are not recorded"]
     found = [_say("task", record.get("task"), asked.task)] if record.get("task") != asked.task else []
     seed = done.get("seed", record.get("seed"))
     if seed != asked.seed:
@@ -60,7 +60,9 @@ def differences(record: Mapping[str, Any], asked: Asked) -> list[str]:
     if asked.method is None and entry_of(record) not in (None, asked.entry):
         found.append(_say("entry point", entry_of(record), asked.entry))
     if asked.arguments is None:
-        return found + [_say(k, done[k], v) for k, v in asked.given.items() if k in done and not _same_text(done[k], v)]
+        return found + [
+            _say(k, done[k], v) for k, v in asked.given.items() if k in done and not same_as_typed(done[k], v)
+        ]
     batch = record.get("effective_batch")
     if None not in (batch, asked.effective_batch) and batch != asked.effective_batch:
         found.append(_say("effective batch", batch, asked.effective_batch))
@@ -98,7 +100,7 @@ def short_path(path: str) -> str:
 
 
 def _say(name: str, done: Any, asked: Any) -> str:
-    return f"{name} {done} ({asked} is asked for)"
+    return f"{name} is {done}, requested {asked}"
 
 
 def _last(value: Any) -> Any:
@@ -106,7 +108,7 @@ def _last(value: Any) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are equal: 1 equals 1.0, True does not equal 1, None equals an empty list or mapping."""
+    """Whether two values are equal. 1 equals 1.0; True does not equal 1; None, "", [] and {} equal each other."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, int | float) and isinstance(b, int | float):
@@ -114,7 +116,8 @@ def _same(a: Any, b: Any) -> bool:
     return a == b or (not a and not b and (a, b) != (0, None) and (a, b) != (None, 0))
 
 
-def _same_text(done: Any, asked: str) -> bool:
+def same_as_typed(done: Any, asked: str) -> bool:
+    """Whether a recorded value is what was typed: as numbers if both are, otherwise as words without case."""
     try:
         return float(asked) == float(done)
     except (TypeError, ValueError):

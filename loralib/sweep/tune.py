@@ -20,8 +20,9 @@ from loralib.sweep.plan import (
     Point,
     check_folders,
     check_tasks,
-    flags_of_cells,
+    flags_by_task_and_arm,
     make_job,
+    points_of,
     read_arms,
     read_grid,
 )
@@ -63,11 +64,6 @@ class Tuning:
         return jobs
 
 
-def points_of(grid: Grid) -> list[Point]:
-    """All combinations of a grid's values."""
-    return list(itertools.product(*([(name, value) for value in values] for name, values in grid.items())))
-
-
 def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
     """Plan the trials of a sweep.
 
@@ -100,10 +96,11 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
     if len(set(counts.values())) > 1 and not args.unequal_trials:
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise InputError(
-            f"the methods would get unlike numbers of trials a task ({told}), and the best of more trials is better by "
-            "chance: give all the same number, or --unequal_trials, which the report then says."
+            f"the methods would get different numbers of trials per task ({told}), and the best of more trials is "
+            "better by chance. Give every method the same number, or allow it with --unequal_trials; the report will "
+            "mention it."
         )
-    own = flags_of_cells(args, arms, flags)
+    own = flags_by_task_and_arm(args, arms, flags)
     trials = {
         (task, arm.name, point, seed): make_job(args.output, task, arm, seed, own[task, arm], point)
         for seed, task, arm in itertools.product(args.tune_seeds, args.tasks, arms)
@@ -162,7 +159,7 @@ def compare_with_earlier(tuning: Tuning, file: Path) -> None:
             )
         new = [values for values in asked if values not in tried] if tried else []
         if new:
-            print(f"the grid of {arm.name} is extended by {'; '.join(map(_words, new))}: the choice is made anew")
+            print(f"the grid of {arm.name} is extended by {'; '.join(map(_words, new))}: the choice is made again")
 
 
 def _words(values: Mapping[str, str]) -> str:
@@ -248,7 +245,8 @@ def say(choices: Sequence[Mapping[str, Any]]) -> None:
         over = sum("over_budget" in score for score in choice["scores"])
         if over:
             print(
-                f"  {over} trial(s) are judged over AdaLoRA's target budget: no evaluation of theirs is at the target"
+                f"  {over} trial(s) were scored above AdaLoRA's target budget, because none of their evaluations was "
+                "at it"
             )
         for name in choice["edges"]:
             print(f"  {name} {choice['values'][name]} is at the edge of its grid: widen --tune {name}")

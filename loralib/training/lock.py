@@ -41,7 +41,7 @@ def open_lock(file: Path) -> IO[str]:
 
 
 def lock(folder: str | Path) -> None:
-    """Reserve an output folder for this process. The kernel releases it when the process ends, in whatever way.
+    """Reserve an output folder for this process. The kernel releases it when the process ends in any way.
 
     Raises:
         InputError: another process holds it, or the folder cannot be written to.

@@ -37,7 +37,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         content: JSON values to keep beside the list (`step`, `settings`, `progress`).
     """
     files = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p, sync=True)}
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p, sync=True)}
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }
@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     stats = _stats(folder, files)
     if _compared.get(folder.resolve()) != stats:
         for name, file in files.items():
-            if _sha256(folder / name) != file["sha256"]:
+            if sha256_of(folder / name) != file["sha256"]:
                 raise InputError(f"checkpoint {folder} is damaged: the content of {name} is not what was written.")
         _compared[folder.resolve()] = stats
     return manifest
@@ -174,7 +174,7 @@ def the_same_command(args: Any) -> str:
     last = last_checkpoint(args.output_dir)
     named = str(getattr(args, "resume_from_checkpoint", None) or "true")
     if last is None and named.lower() == "true":
-        return "the same command starts anew, since no checkpoint was written before"
+        return "the same command starts over, since no checkpoint was written before"
     if last is None:
         return f"the same command goes on from {named}"
     flags = ["--overwrite_output_dir"] if getattr(args, "overwrite_output_dir", False) else []
@@ -227,7 +227,8 @@ def _stats(folder: Path, files: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
 
 
-def _sha256(path: Path, sync: bool = False) -> str:
+def sha256_of(path: Path, sync: bool = False) -> str:
+    """SHA-256 of a file; with `sync`, once it has reached the disk."""
     with open(path, "rb") as file:
         if sync:
             os.fsync(file.fileno())

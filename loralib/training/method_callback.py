@@ -68,7 +68,7 @@ class MethodCallback(TrainerCallback):
             if saved is None:
                 raise InputError(
                     f"the checkpoint of step {state.global_step} holds no state of {method.name} in its optimizer's, "
-                    "so no run can go on from it: it was written without MethodCallback or as the model alone."
+                    "so no run can go on from it: it was written without MethodCallback, or only the model was saved."
                 )
             for name, piece in method.state.items():
                 piece.load_state_dict(saved[name])

@@ -28,7 +28,7 @@ class PenaltyState:
         self.steps += 1
 
     def take(self) -> float:
-        """Return the mean since the last log, and begin anew."""
+        """Return the mean since the last log, and start again."""
         mean = (self.sum / self.steps).item()
         self.restore({})
         return mean

@@ -65,7 +65,7 @@ class ExactResume(StopOnSigterm, Sampling):
             check_settings(Path(resume_from_checkpoint), manifest["settings"], self.numeric_settings())
             if "optimizer.pt" not in manifest["files"]:
                 raise InputError(
-                    f"checkpoint {resume_from_checkpoint} holds the model alone (--save_only_model), so no run can go "
+                    f"checkpoint {resume_from_checkpoint} holds only the model (--save_only_model), so no run can go "
                     "on from it: start over with --overwrite_output_dir."
                 )
             self._resumed = (str(resume_from_checkpoint), manifest["progress"])
@@ -176,7 +176,7 @@ class ExactResume(StopOnSigterm, Sampling):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        # The stock Trainer would add this process's own share alone.
+        # The stock Trainer would add only this process's own share.
         self._tr_loss = self.accelerator.gather(self._tr_loss.view(1)).mean()
         return super()._finalize_training(trial, num_train_samples, min(start_time, self._train_began))
 

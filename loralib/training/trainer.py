@@ -1,4 +1,4 @@
-"""The trainer of adapted models: a penalty beside the task loss, and checkpoints that hold the adapter alone.
+"""The trainer of adapted models: a penalty beside the task loss, and checkpoints that hold only the adapter.
 
 This class overrides methods of the stock Trainer, and copies no loop. It treats all methods alike, except that for
 AdaLoRA it chooses the best model among the evaluations at the target budget.
