@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from loralib.adapt import Factors, adapt, factors, is_lora
 from loralib.allocator import RankAllocator
+from loralib.calls import Calls, nothing
 from loralib.errors import InputError
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 from loralib.masking import RandomMask
@@ -50,12 +51,8 @@ class Stateful(Protocol):
     def restart(self) -> None: ...
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing: the default of a method's hooks."""
-
-
 @dataclass
-class Method:
+class Method(Calls):
     """What a training loop must know about one method. By default every hook does nothing, and the optimizer is AdamW.
 
     Attributes:
@@ -91,15 +88,15 @@ class Method:
     penalty: Callable[[], Tensor] | None = None
     penalty_coef: float = 0.0
     penalty_name: str = "penalty"
-    begin: Callable[[int], None] = _nothing
-    before_step: Callable[..., Any] = _nothing
-    after_step: Callable[..., Any] = _nothing
+    begin: Callable[[int], None] = nothing
+    before_step: Callable[..., Any] = nothing
+    after_step: Callable[..., Any] = nothing
     optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
     own_groups: list[dict[str, Any]] = field(default_factory=list)
     state: dict[str, Stateful] = field(default_factory=dict)
     scalars: Callable[[], dict[str, float]] = dict
     log_every: int | None = None
-    complaint: Callable[[], str | None] = _nothing
+    complaint: Callable[[], str | None] = nothing
     facts: Callable[[], dict[str, Any]] = dict
     plan: Callable[[int], str] = lambda total_steps: ""
 
@@ -130,7 +127,8 @@ class Method:
             decayed: names of the parameters that decay; None: all of two dimensions or more.
 
         Raises:
-            InputError: the method has factors and no model, so it does not know which parameters train.
+            InputError: the method has factors and no model, so it does not know which parameters train. Later, at a
+                step of the optimizer: the loop has left out a call that the method needs.
         """
         if self.model is None:
             raise InputError(
@@ -145,7 +143,9 @@ class Method:
             {"params": [p for (_, p), d in zip(rest, decay, strict=True) if not d], "weight_decay": 0.0},
         ]
         make: Any = self.optimizer_class
-        return make([*groups, *self.own_groups], lr=lr, betas=betas, eps=eps)
+        made = make([*groups, *self.own_groups], lr=lr, betas=betas, eps=eps)
+        made.register_step_pre_hook(self.check_calls)
+        return made
 
 
 def full_fine_tuning(model: nn.Module) -> Method:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import make_base, make_run
-from test_library import ALPHA, R
-from torch import nn
-from transformers import BertForTokenClassification
+from test_library import ALPHA, MODULES, PenaltyTrainer, R, bert, parts, put_in
+from torch import Tensor, nn
+from transformers import BertForTokenClassification, Trainer, TrainerCallback
 
 import loralib
 from loralib.errors import InputError
+from loralib.methods import Method
 
 SIZES: dict[str, Any] = {"r": R, "lora_alpha": ALPHA}
 
@@ -93,3 +94,96 @@ def test_a_token_classifier_gives_no_label_of_a_text(run: Path) -> None:
     model, tokenizer = loralib.load(run)
     with pytest.raises(InputError, match="BertForTokenClassification gives no label for a text"):
         loralib.predict(BertForTokenClassification(model.config), ["a b"], tokenizer)
+
+
+# ---- loops that leave out a call ----
+
+
+def steps(method: Method, *left_out: str, count: int = 3) -> None:
+    """The loop of the library page, without some of its calls."""
+    optimizer: Any = method.optimizer(lr=0.01)
+    model: Any = method.model
+    method.begin(count)
+    for step in range(count):
+        loss = model(input_ids=torch.tensor([[2, 3, 4]]), labels=torch.tensor([0])).loss
+        (loss + (0.0 if "loss" in left_out else method.loss())).backward()
+        if "before_step" not in left_out:
+            method.before_step(step)
+        optimizer.step()
+        if "after_step" not in left_out:
+            method.after_step(step)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"), [("v1", "before_step"), ("adalora", "after_step"), ("sora", "loss"), ("lora", "loss")]
+)
+def test_a_call_that_a_loop_leaves_out_is_noticed(kind: str, left_out: str) -> None:
+    model = bert(torch.float32)
+    with pytest.raises(InputError, match=rf"needs method\.{left_out}\("):
+        if kind == "adalora":
+            method = loralib.adalora(model, MODULES, target_rank=2, reg_orth_coef=0.3, **SIZES)
+        else:
+            method = put_in(kind, model, 0.3)
+        steps(method, left_out)
+
+
+@pytest.mark.parametrize("kind", ["lora", "sora", "v1"])
+def test_a_call_that_does_nothing_may_be_left_out(kind: str) -> None:
+    idle = ["loss", "after_step"] if kind == "v1" else ["loss", "before_step", "after_step"]
+    steps(put_in(kind, bert(torch.float32), 0.0), *idle)
+
+
+# ---- trainers ----
+
+
+def test_an_optimizer_without_the_factors_is_refused(tmp_path: Path) -> None:
+    """It was made before the model was adapted, or the trainer has another model: no factor would train."""
+    model = bert(torch.float32)
+    early = torch.optim.AdamW(model.parameters(), lr=0.01)
+    method = put_in("v1", model, 0.0)
+    with pytest.raises(InputError, match="holds none of the factors of rm-lora-v1"):
+        given = parts(model, tmp_path)
+        Trainer(callbacks=[loralib.MethodCallback(method)], optimizers=(early, None), **given).train()
+    other = bert(torch.float32)
+    put_in("v1", other, 0.0)
+    with pytest.raises(InputError, match="holds none of the factors of rm-lora-v1"):
+        Trainer(callbacks=[loralib.MethodCallback(method)], **parts(other, tmp_path)).train()
+
+
+class OwnStep(PenaltyTrainer):
+    """It computes the step itself and does not call super(), so nobody adds the penalty."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_penalty_that_nobody_adds_is_noticed(tmp_path: Path) -> None:
+    method = put_in("lora", bert(torch.float32), 0.3)
+    with pytest.raises(InputError, match=r"the penalty of lora was not computed.*super\(\).training_step"):
+        OwnStep(method=method, **parts(method.model, tmp_path)).train()
+    callback = loralib.MethodCallback(method, penalty_in_loss=True)  # which this loss does not have
+    with pytest.raises(InputError, match="the penalty of lora was not computed"):
+        Trainer(callbacks=[callback], **parts(method.model, tmp_path)).train()
+
+
+class FirstImportance(TrainerCallback):
+    def __init__(self, method: Method) -> None:
+        self.allocator: Any = method.state["allocator"]
+        self.at_start: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.at_start.append(sum(float(i.sum()) for i in self.allocator.importance))
+
+
+def test_a_second_training_begins_without_importance(tmp_path: Path) -> None:
+    method = put_in("adalora", bert(torch.float32), 0.0)
+    seen = FirstImportance(method)
+    trainer = Trainer(callbacks=[loralib.MethodCallback(method), seen], **parts(method.model, tmp_path, max_steps=9))
+    trainer.train()
+    assert sum(float(i.sum()) for i in seen.allocator.importance) > 0
+    trainer.train()
+    assert seen.at_start == [0.0, 0.0]

@@ -44,8 +44,9 @@ class MethodCallback(TrainerCallback):
         """Tell the method how many steps the run has; on resume, restore its state.
 
         Raises:
-            InputError: the trainer does not add the penalty to the loss, has another optimizer than the method needs,
-                or resumes from a checkpoint without the method's state; or the method's schedule does not fit.
+            InputError: the trainer does not add the penalty to the loss, has another optimizer than the method needs or
+                one without the factors, or resumes from a checkpoint without the method's state; or the method's
+                schedule does not fit.
         """
         method = self.method
         if method.penalty is not None and method.penalty_coef and not self.penalty_in_loss:
@@ -62,6 +63,12 @@ class MethodCallback(TrainerCallback):
                 f"{method.name} needs an optimizer of its own, {method.optimizer_class.__name__}: give the trainer "
                 "optimizers=(method.optimizer(lr), None)."
             )
+        of = method.factors
+        if held and of is not None and not any(id(p) in held for p in (*of.A, *of.B, *of.between)):
+            raise InputError(
+                f"the trainer's optimizer holds none of the factors of {method.name}: adapt the model before you make "
+                "an optimizer for it, and give the trainer the adapted model itself."
+            )
         method.begin(state.max_steps)  # with auto_find_batch_size this is the true number, too
         if self.keep_state and method.state and state.global_step:
             saved = optimizer.state.get(STATE)
@@ -72,13 +79,22 @@ class MethodCallback(TrainerCallback):
                 )
             for name, piece in method.state.items():
                 piece.load_state_dict(saved[name])
+        elif self.keep_state:
+            for piece in method.state.values():
+                piece.restart()  # an earlier training may have left something
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.penalty_in_loss and self.method.forgotten("penalty"):
+            raise InputError(
+                f"the penalty of {self.method.name} was not computed in this step: call super().training_step in a "
+                "training_step of your own, and add method.loss() in a loss of your own."
+            )
         logged = state.global_step == 0 and args.logging_first_step
         logged = logged or (args.logging_strategy == "steps" and (state.global_step + 1) % state.logging_steps == 0)
         self.method.before_step(state.global_step, epoch=int(state.epoch or 0), measure=logged)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.method.called.clear()
         skipped = getattr(optimizer, "step_was_skipped", False)  # the hook is called for skipped steps, too
         self.method.after_step(state.global_step, gradients_valid=not skipped)
         if self.keep_state and self.method.state:
