@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from adapter_runs import make_base, make_run
 from test_library import ALPHA, MODULES, PenaltyTrainer, R, bert, parts, put_in
 from torch import Tensor, nn
-from transformers import BertForTokenClassification, Trainer, TrainerCallback
+from transformers import BertForSequenceClassification, BertForTokenClassification, Trainer, TrainerCallback
 
 import loralib
 from loralib.errors import InputError
@@ -187,3 +188,40 @@ def test_a_second_training_begins_without_importance(tmp_path: Path) -> None:
     assert sum(float(i.sum()) for i in seen.allocator.importance) > 0
     trainer.train()
     assert seen.at_start == [0.0, 0.0]
+
+
+# ---- files ----
+
+
+def classifier(base: Path, **names: Any) -> Any:
+    return BertForSequenceClassification.from_pretrained(base, num_labels=3, **names)
+
+
+def test_labels_and_what_trained_come_back(tmp_path: Path) -> None:
+    """Labels of the model's config, and parameters that the user let train beside factors and head."""
+    base = make_base(tmp_path / "base", "bert")
+    model = classifier(base, id2label={0: "bad", 1: "fair", 2: "good"}, label2id={"bad": 0, "fair": 1, "good": 2})
+    loralib.lora(model, ["query"], **SIZES)
+    for name, p in model.named_parameters():
+        if "LayerNorm" in name:
+            nn.init.normal_(p.requires_grad_())
+    loralib.save_adapter(model, tmp_path / "first")
+    again, tokenizer = loralib.load(tmp_path / "first")
+    wanted = loralib.predict(model, ["a b"], tokenizer)
+    assert set(wanted[0].scores) == {"bad", "fair", "good"}
+    training = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (model, again)]
+    assert training[0] == training[1]
+    loralib.save_adapter(again, tmp_path / "second")
+    assert loralib.predict(tmp_path / "second", ["a b"]) == loralib.predict(tmp_path / "first", ["a b"]) == wanted
+
+
+def test_models_without_layers_of_this_project_are_not_saved_or_merged(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "bert")
+    with pytest.raises(InputError, match="has no adapted layer: save it by its own save_pretrained"):
+        loralib.save_adapter(classifier(base), tmp_path / "out")
+    adapted = peft.get_peft_model(classifier(base), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(InputError, match="PEFT has adapted the model: save it by its own save_pretrained"):
+        loralib.save_adapter(adapted, tmp_path / "out")
+    with pytest.raises(InputError, match="PEFT has adapted the model: merge it by its own merge_and_unload"):
+        loralib.merge(adapted)
+    assert not (tmp_path / "out").exists()

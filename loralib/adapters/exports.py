@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from loralib.adapters.writing import new_folder, write_json, write_tensors
 from loralib.errors import InputError
 from loralib.kernels.prepare import prepare_one_by_one
 from loralib.layers import DIAGONALS, KINDS, START, LoRALinear
+from loralib.peft import is_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -175,7 +176,12 @@ def merge(model: nn.Module) -> None:
     """Replace each adapted layer of a model by a plain linear layer with weight + delta_weight.
 
     The outputs stay the same. Afterwards the model is what it was before `adapt`, with other weights.
+
+    Raises:
+        InputError: PEFT has adapted the model.
     """
+    if is_peft(model):
+        raise InputError("PEFT has adapted the model: merge it by its own merge_and_unload.")
     plain: dict[int, nn.Linear] = {}
     for _, layer in adapted_layers(model):
         merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
@@ -214,6 +220,7 @@ def restored(
             )
         adapt(model, layer, list(config["ranks"]), r=int(r), lora_alpha=alpha, lora_dropout=dropout)
         load_adapter(model, adapter.source)
+        _let_train(model, adapter.rest)
         return model, name, revision
     if config.get("low_rank") is not True:
         raise InputError(
@@ -235,7 +242,16 @@ def restored(
     put_layers(model, layers)
     state = {f"{matrix}.{key}": t for matrix, tensors in adapter.matrices.items() for key, t in tensors.items()}
     load_trained(model, state | adapter.rest, str(adapter.source), head_may_differ=not adapter.complete)
+    _let_train(model, adapter.rest)
     return model, name, revision
+
+
+def _let_train(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the parameters beside the factors train that were trained, so that another `save_adapter` keeps them."""
+    own = dict(model.named_parameters())
+    for name in names:
+        if name in own:
+            own[name].requires_grad = True
 
 
 def base_model(
@@ -279,6 +295,9 @@ def base_model(
         config = AutoConfig.from_pretrained(adapter.source if own else os.path.expanduser(name))
         if outputs is not None and not own and config.num_labels != outputs:
             config.num_labels = outputs
+        labels = adapter.config.get("label_names") or ()
+        if not own and len(labels) == config.num_labels:
+            config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
         kind: Any = AutoModelForCausalLM if is_language_model(adapter) else AutoModelForSequenceClassification
         model, found = kind.from_pretrained(
             os.path.expanduser(name),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loralib.adapt import adapted_layers, is_lora, ranks
+from loralib.adapters.names import unnamed_labels
 from loralib.adapters.reading import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -23,6 +24,7 @@ from loralib.adapters.writing import FORMAT_VERSION, write_json, write_tensors
 from loralib.errors import InputError
 from loralib.jsonfile import read_json
 from loralib.layers import DIAGONALS, START, LoRALinear
+from loralib.peft import is_peft
 
 METHOD_STATE = "method_state.safetensors"
 
@@ -95,12 +97,23 @@ def save_adapter(model: nn.Module, folder: str | Path, config: Mapping[str, Any]
         model: the adapted model.
         folder: the output folder; it is made if it is missing.
         config: facts about the adapter (method, r, alpha, modules, ...). `adapter_facts` are added to them, and
-            `base_model`, the name by which the model was loaded, unless it is among them.
+            `base_model`, the name by which the model was loaded, and `label_names`, the labels of its config, unless
+            they are among them.
+
+    Raises:
+        InputError: the model has no adapted layer of this project.
     """
+    if is_peft(model):
+        raise InputError("PEFT has adapted the model: save it by its own save_pretrained.")
+    if next(adapted_layers(model), None) is None:
+        raise InputError(f"{type(model).__name__} has no adapted layer: save it by its own save_pretrained.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     base = getattr(getattr(model, "config", None), "name_or_path", "") or None
-    facts = {"base_model": base} | dict(config or {})
+    labels = getattr(getattr(model, "config", None), "id2label", None) or {}
+    names = [str(labels[i]) for i in sorted(labels)]
+    known = {} if not names or unnamed_labels(names) else {"label_names": names}
+    facts = {"base_model": base} | known | dict(config or {})
     full = {"format_version": FORMAT_VERSION, **facts, **adapter_facts(model)}
     write_tensors(folder / ADAPTER_FILE, adapter_state(model))
     write_json(folder / ADAPTER_CONFIG, full)
