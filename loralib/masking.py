@@ -23,8 +23,8 @@ class RandomMask:
     A direction is a row of A or a column of B. v1 makes one draw for a matrix and uses it for A and B; v2 makes one
     draw for A and one for B (ledger R4). A direction that is not drawn gets the gradient 0. Adam still sees this 0, so
     the direction moves on by momentum (ledger R6). For given matrices (their order, their ranks) and a given version, a
-    draw depends only on seed and key, so that every process and every resumed run makes the same one (ledger R5). If
-    another matrix is adapted too, or the largest r or the version is another, all draws are others.
+    draw depends only on seed and key, so that every process and every resumed run makes the same one (ledger R5).
+    Another set or order of matrices, largest r or version may change any draw.
 
     Args:
         source: an adapted model, or the `Factors` of any library's layers.

@@ -42,7 +42,7 @@ from loralib.sparse import SparseAdamW, gate_l1
 
 
 class Stateful(Protocol):
-    """A piece of a method, such as an allocator, whose state belongs into a checkpoint."""
+    """A piece of a method, such as an allocator, whose state belongs in a checkpoint."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -65,9 +65,9 @@ class Method(Calls):
         begin: begin(total_steps) is called before the first step, and again if the number of optimizer steps changes
             (auto_find_batch_size) or is checked before training, so a second call must do no harm. It raises InputError
             if the method's schedule does not fit into this number of steps.
-        before_step: before_step(step, epoch=0, measure=False) is called after clipping and before the optimizer's step
-            `step` (0 for the first) of epoch `epoch`. `measure` is True if this step is logged by its number, so that
-            `scalars` may report on it; a log at the end of an epoch is not foreseen.
+        before_step: before_step(step, epoch=None, measure=False) is called after clipping and before the optimizer's
+            step `step` (0 for the first) of epoch `epoch`. `measure` is True if this step is logged by its number, so
+            that `scalars` may report on it; a log at the end of an epoch is not foreseen.
         after_step: after_step(step, gradients_valid=True) is called right after the optimizer's step, while the
             gradients are still there. `gradients_valid` is False if a gradient scaler skipped the step.
         optimizer_class: the class of the method's optimizer. A trainer that would choose another one is refused, or
@@ -347,10 +347,11 @@ def rm_lora(
         random_rank: number of directions of each matrix that receive a gradient, 1 to r.
         version: "v1" makes one draw for the rows of A and the columns of B, "v2" one draw for each (ledger R4).
         reg_orth_coef: weight of the penalty on A A^T - I and B^T B - I (ledger R7).
-        mask_resample: "step" draws again at each optimizer step, "epoch" at each epoch (ledger R3).
+        mask_resample: "step" draws again at each optimizer step, "epoch" at each epoch (ledger R3); then `before_step`
+            needs epoch, the number of completed epochs.
         seed: seed of the draws (ledger R5).
         as_released: do not mask the first step; from the second on, also set the gradients of all other parameters,
-            such as those of the head, to 0 (ledger R1, R2).
+            such as those of the head, to 0 (ledger R1, R2); needs the model.
 
     Raises:
         InputError: as `lora`; or a value lies outside its range.
@@ -359,17 +360,24 @@ def rm_lora(
     mask = RandomMask(of, random_rank, version, seed)
     if mask_resample not in ("step", "epoch"):
         raise InputError(f"mask_resample must be step or epoch; it is {mask_resample!r}.")
+    if as_released and not isinstance(model, nn.Module):
+        raise InputError("as_released also masks the parameters that are not factors: give the model, not its factors.")
     named = model.named_parameters() if isinstance(model, nn.Module) else ()
     own = {id(p) for p in (*of.A, *of.B, *of.between)}
     others = [p for n, p in named if p.requires_grad and not is_lora(n) and id(p) not in own]
     norms: dict[str, Tensor] = {}  # on the device until they are logged
 
-    def before_step(step: int, epoch: int = 0, measure: bool = False) -> None:
+    def before_step(step: int, epoch: int | None = None, measure: bool = False) -> None:
+        if mask_resample == "epoch" and epoch is None:
+            raise InputError(
+                "mask_resample is epoch, and before_step got no epoch, so one draw would serve the whole training: "
+                "call before_step(step, epoch=number of completed epochs)."
+            )
         if as_released and step == 0:
             return
         if measure:
             norms["train/grad_norm_before_mask"] = mask.gradient_norm()
-        mask.apply(step if mask_resample == "step" else epoch)
+        mask.apply(step if mask_resample == "step" or epoch is None else epoch)
         if as_released:
             gradients: list[Any] = [p.grad for p in others if p.grad is not None]
             torch._foreach_zero_(gradients)

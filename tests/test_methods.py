@@ -201,3 +201,16 @@ def test_penalties_take_factors_of_any_origin() -> None:
     method = rm_lora(Factors(["w"], list[Tensor](A), list[Tensor](B)), random_rank=3, reg_orth_coef=0.5)
     residuals = [A[0] @ A[0].T - torch.eye(3), B[0].T @ B[0] - torch.eye(3)]
     torch.testing.assert_close(method.loss(), 0.5 * sum(r.norm() for r in residuals) / 2)
+
+
+def test_an_epochs_mask_needs_the_epoch_and_the_released_mask_the_model() -> None:
+    """Without them one draw would serve the whole training, or the head would train although it is asked not to."""
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    method = rm_lora(network, ["0"], r=4, lora_alpha=8, random_rank=1, mask_resample="epoch")
+    network(torch.ones(1, 6)).sum().backward()
+    with pytest.raises(InputError, match="before_step got no epoch"):
+        method.before_step(3)
+    method.before_step(3, epoch=0)
+    assert method.factors is not None
+    with pytest.raises(InputError, match="give the model, not its factors"):
+        rm_lora(method.factors, random_rank=1, as_released=True)

@@ -1,4 +1,4 @@
-"""Exact resume: a run that goes on from a checkpoint ends bit-identical to an uninterrupted one.
+"""Exact resume: on the CPU, a run that goes on from a checkpoint ends bit-identical to an uninterrupted one.
 
 A comment that begins with "exact resume:" marks each place, here and in `checkpoints` and `sampling`, where the stock
 Trainer would break this; docs/running.md lists them. This module overrides methods of the stock Trainer, private ones
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExactResume(StopOnSigterm, Sampling):
-    """A stock Trainer with exact resume, crash-safe checkpoints and guards. It does not depend on adapters.
+    """A stock Trainer with exact resume, crash-safe checkpoints and guards. The model need not be adapted.
 
     Its bases have one subject each: `StopOnSigterm` (signals), `Checkpoints` (files), `Guards` (values that are not
     finite, parameters that do not move) and `Sampling` (rows).
