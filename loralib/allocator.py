@@ -1,5 +1,6 @@
 """AdaLoRA's rank allocator (arXiv 2303.10512, section 3.2 and 3.3; ledger A1 to A8): importance, budget, mask."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from loralib.adapt import Factors, factors
 from loralib.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class RankAllocator:
@@ -51,6 +54,19 @@ class RankAllocator:
         self.factors, self.names, self.A, self.B, self.E = of, of.names, of.A, of.B, of.between
         self.r = len(self.E[0])
         self.total_rank = sum(e.shape[0] for e in self.E)
+        for name, value in (("target_rank", target_rank), ("target_total_rank", target_total_rank)):
+            if value is not None and value != int(value):
+                raise InputError(f"{name} is {value}, it must be a whole number.")
+        for name, number, least in (
+            ("init_warmup", init_warmup, 0),
+            ("final_warmup", final_warmup, 0),
+            ("mask_interval", mask_interval, 1),
+        ):
+            if number < least:
+                raise InputError(f"{name} is {number:g}, it must be {least} or more.")
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 < beta < 1:
+                raise InputError(f"{name} is {beta:g}, it must lie between 0 and 1, both excluded.")
         self.target_total = check_budget(self.total_rank, len(self.names), target_rank, target_total_rank)
         self.warmups, self.mask_interval = (init_warmup, final_warmup), mask_interval
         self.init_warmup, self.final_warmup = (int(value) for value in self.warmups)  # `begin` sets them again
@@ -69,6 +85,14 @@ class RankAllocator:
         self.init_warmup, self.final_warmup = (whole_steps(value, total_step) for value in self.warmups)
         check_schedule(self.init_warmup, self.final_warmup, total_step)
         self.total_step = total_step
+        if not self.at_target(total_step):
+            logger.warning(
+                "the last step masks nothing, and masked values grow again: the trained model will have up to %d "
+                "singular values and not %d; with final_warmup of 2 or more it has %d",
+                self.total_rank,
+                self.target_total,
+                self.target_total,
+            )
 
     def restart(self) -> None:
         """Forget all importance, since the run starts over."""

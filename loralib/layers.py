@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralib.errors import InputError
 from loralib.kernels import low_rank
 
 
@@ -29,6 +30,9 @@ class LoRALinear(nn.Linear):
         lora_alpha: numerator of the scaling.
         lora_dropout: probability of dropout only on the input of the low-rank path (ledger L4).
         init_std: standard deviation of the initial factors.
+
+    Raises:
+        InputError: r or lora_dropout lies outside its range.
     """
 
     # Name of the parameter with the r numbers between the factors; None where there are none.
@@ -45,6 +49,10 @@ class LoRALinear(nn.Linear):
     def __init__(
         self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, init_std: float = 0.02
     ) -> None:
+        if r < 1 or r != int(r):
+            raise InputError(f"lora_r is {r}, it must be a whole number of 1 or more.")
+        if not 0 <= lora_dropout < 1:
+            raise InputError(f"lora_dropout is {lora_dropout}, it must be at least 0 and below 1.")
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias

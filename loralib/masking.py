@@ -48,6 +48,8 @@ class RandomMask:
             raise InputError(f"the factors of {frozen[0]} are frozen: RM-LoRA masks gradients, so both must train.")
         if version not in ("v1", "v2"):
             raise InputError(f"the version of the mask must be v1 or v2; it is {version!r}.")
+        if random_rank != int(random_rank):
+            raise InputError(f"random_rank is {random_rank}, it must be a whole number.")
         if not 1 <= random_rank <= least:
             raise InputError(f"random_rank must be between 1 and {least} (lora_r); it is {random_rank}.")
         self.random_rank, self.version, self.seed = random_rank, version, seed

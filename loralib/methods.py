@@ -286,8 +286,11 @@ def sora(
         as_released: shrink the gates as the released code does (ledger S1).
 
     Raises:
-        InputError: as `lora`; or the model has no gates.
+        InputError: as `lora`; or the model has no gates, or a number is negative.
     """
+    for name, value in (("threshold", threshold), ("sparse_lambda", sparse_lambda)):
+        if value < 0:
+            raise InputError(f"{name} is {value:g}, it must be 0 or more.")
     of = _factors(model, GatedLinear, modules, settings)
     if not of.between or any(gate.shape[0] != 1 for gate in of.between):
         raise InputError(
@@ -419,6 +422,8 @@ def _factors(
         InputError: `modules` for `Factors`; `settings` without `modules`; or a penalty for a model that has
             one in its own loss.
     """
+    if penalty_coef < 0:
+        raise InputError(f"reg_orth_coef is {penalty_coef:g}, it must be 0 or more.")
     if modules is not None:
         if isinstance(model, Factors):
             raise InputError("factors are adapted already: leave out the modules to adapt.")

@@ -225,3 +225,41 @@ def test_models_without_layers_of_this_project_are_not_saved_or_merged(tmp_path:
     with pytest.raises(InputError, match="PEFT has adapted the model: merge it by its own merge_and_unload"):
         loralib.merge(adapted)
     assert not (tmp_path / "out").exists()
+
+
+# ---- values outside their range ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("lora", {"r": 0}, "lora_r is 0, it must be a whole number of 1 or more"),
+        ("lora", {"r": 2.5}, "lora_r is 2.5, it must be a whole number"),
+        ("lora", {"lora_dropout": -0.1}, "lora_dropout is -0.1, it must be at least 0 and below 1"),
+        ("lora", {"reg_orth_coef": -1}, "reg_orth_coef is -1, it must be 0 or more"),
+        ("adalora", {"mask_interval": 0}, "mask_interval is 0, it must be 1 or more"),
+        ("adalora", {"beta1": 1.5}, "beta1 is 1.5, it must lie between 0 and 1, both excluded"),
+        ("adalora", {"final_warmup": -3}, "final_warmup is -3, it must be 0 or more"),
+        ("adalora", {"target_rank": 1.5}, "target_rank is 1.5, it must be a whole number"),
+        ("sora", {"threshold": -1}, "threshold is -1, it must be 0 or more"),
+        ("sora", {"sparse_lambda": -1}, "sparse_lambda is -1, it must be 0 or more"),
+        ("rm_lora", {"random_rank": 1.5}, "random_rank is 1.5, it must be a whole number"),
+    ],
+)
+def test_values_outside_their_range_are_refused(kind: str, settings: dict[str, Any], message: str) -> None:
+    """From Python no flag checks them: with a negative threshold gates grew, and no negative warm-up was noticed."""
+    needed = {"adalora": {"target_rank": 2}, "sora": {"threshold": 0.01}, "rm_lora": {"random_rank": 2}}.get(kind, {})
+    with pytest.raises(InputError, match=message):
+        getattr(loralib, kind)(bert(), MODULES, **(SIZES | needed | settings))
+
+
+@pytest.mark.parametrize(("final_warmup", "warned"), [(0, True), (1, True), (2, False)])
+def test_a_schedule_that_ends_above_its_target_is_said(final_warmup: int, warned: bool, caplog: Any) -> None:
+    """Masked values grow again at the next step, so the last step must mask: 7 is no multiple of the interval 10."""
+    method = loralib.adalora(bert(torch.float32), MODULES, target_rank=2, final_warmup=final_warmup, **SIZES)
+    assert method.factors is not None
+    with caplog.at_level("WARNING", logger="loralib"):
+        steps(method, count=8)
+    kept, all_of_them = 2 * len(method.factors.names), R * len(method.factors.names)
+    assert method.facts()["total_rank"] == (all_of_them if warned else kept)
+    assert (f"up to {all_of_them} singular values and not {kept}" in caplog.text) == warned
