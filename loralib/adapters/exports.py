@@ -175,7 +175,8 @@ def _name_outputs(config: Any, adapter: Adapter) -> None:
 def merge(model: nn.Module) -> None:
     """Replace each adapted layer of a model by a plain linear layer with weight + delta_weight.
 
-    The outputs stay the same. Afterwards the model is what it was before `adapt`, with other weights.
+    The outputs stay the same. Afterwards the model has the layers that it had before `adapt`, with other
+    weights. What `adapt` has frozen stays frozen; the merged weights would train.
 
     Raises:
         InputError: PEFT has adapted the model.
