@@ -56,8 +56,8 @@ class Calls:
         for name, call in CALLS.items():
             if self.forgotten(name) and (name != "after_step" or self._stepped):
                 raise InputError(
-                    f"{self.name} needs method.{call}, which this loop leaves out: docs/library.md shows all calls, and "
-                    "in a Trainer MethodCallback makes them."
+                    f"{self.name} needs method.{call}, which this loop leaves out: docs/library.md shows all calls; "
+                    "in a Trainer, MethodCallback makes them."
                 )
         self.called.clear()
         self._stepped = True
