@@ -1,7 +1,7 @@
 """Fine-tune a pretrained encoder on GLUE with LoRA, SVD-LoRA or AdaLoRA (arXiv 2106.09685, 2303.10512).
 
 LoRA:    --apply_lora --lora_type frd    (--reg_orth_coef above 0 adds the penalty on cosines between directions)
-AdaLoRA: --apply_lora --lora_type svd --apply_adalora --target_rank ...    (without --apply_lora everything is fine-tuned)
+AdaLoRA: --apply_lora --lora_type svd --apply_adalora --target_rank ...    (without --apply_lora: full fine-tuning)
 """
 
 import importlib.util
