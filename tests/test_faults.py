@@ -110,7 +110,7 @@ def test_all_ranks_zero_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     for name, p in run.model.named_parameters():
         if "lora_" in name:
             p.register_hook(lambda g: g * 0)
-    run.penalty = None
+    run.penalty, run.method.penalty_coef = None, 0.0
     with caplog.at_level(logging.WARNING, logger="loralib"):
         run.train()
     assert "the rank of every matrix is 0" in caplog.text
