@@ -45,6 +45,17 @@ common=(--do_train --do_eval --eval_strategy epoch --logging_steps 50 --report_t
     --save_strategy steps --save_steps 500 --save_total_limit 2
     --lora_module "query,key,value,intermediate,layer.output,attention.output") # AdaLoRA section 4: all of a layer
 
+# lora-sora-baseline, LoRA as SoRA's authors trained it: issue 4 of their repository; seeds 0, 21, 42, 81, 100. These values
+# are the same for all tasks.
+# shellcheck disable=SC2034 # the task scripts read it
+sora_authors=(
+    --lora_r 8          # SoRA's Table 1, row LoRA r=8
+    --lora_alpha 16     # SoRA's config/lora_config.json
+    --warmup_ratio 0.06 # SoRA's script for LoRA
+    --weight_decay 0.1  # SoRA's script for LoRA
+    --max_grad_norm 0.1 # SoRA's script for LoRA
+)
+
 # value_of NAME DEFAULT FLAGS...: the value of the last --NAME among FLAGS (True without a value), otherwise DEFAULT. As in
 # the entry points, dashes count as underscores and names may be abbreviated. Ambiguous names are refused there.
 value_of() {

@@ -68,19 +68,13 @@ settings() { # METHOD
         --cls_dropout 0      # not stated: AdaLoRA's script
         --weight_decay 0.01  # not stated: usual for BERT-like models
         ) ;;
-    lora-sora-baseline)
-        # LoRA as SoRA's authors trained it: issue 4 of their repository; seeds 0, 21, 42, 81, 100.
+    lora-sora-baseline) # LoRA as SoRA's authors trained it; launch.sh has what all tasks share
         batch=8 # SoRA's authors
         flags=(
-        --lora_r 8            # SoRA's Table 1, row LoRA r=8
-        --lora_alpha 16       # SoRA's config/lora_config.json
         --learning_rate 1e-4  # SoRA's authors
         --num_train_epochs 10 # SoRA's authors
         --max_seq_length 128  # not stated: AdaLoRA's script
-        --warmup_ratio 0.06   # SoRA's script for LoRA
-        --weight_decay 0.1    # SoRA's script for LoRA
-        --max_grad_norm 0.1   # SoRA's script for LoRA
-        ) ;;
+        "${sora_authors[@]}") ;;
     esac
 }
 

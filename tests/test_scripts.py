@@ -179,7 +179,9 @@ def test_every_value_names_its_source(task: str) -> None:
     text = (ROOT / "scripts" / f"{task}.sh").read_text()
     values = re.findall(r"^ +(?:--\w+ \S+.*|batch=.*)$", text, re.M)
     assert 35 < len(values) and text.count("\n") < 105
-    for line in values:
+    shared = re.findall(r"^    --\w+ \S+ +#.*$", (ROOT / "scripts" / "launch.sh").read_text(), re.M)
+    assert len(shared) == 6  # lora_module, and what lora-sora-baseline has on every task
+    for line in [*values, *shared]:
         assert re.search(r"# (not stated: |AdaLoRA(?:'s)? |RM-LoRA's |SoRA's )\w", line), line
     assert not re.search(r"(?<![\w.])/(home|work|tmp|root|data)/", text)
 
