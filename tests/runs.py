@@ -93,6 +93,15 @@ def arguments(folder: Path | str, **changes: Any) -> GlueTrainingArguments:
     return GlueTrainingArguments(**(usual | changes))
 
 
+# An AdaLoRA run of two processes on the CPU, long enough to be stopped in between. Model, data and folder are missing.
+LONG_RUN = {
+    "do_train": True, "do_eval": True, "apply_lora": True, "apply_adalora": True, "lora_type": "svd", "lora_r": 4,
+    "lora_alpha": 8, "target_rank": 2, "init_warmup": 5, "final_warmup": 10, "mask_interval": 2, "max_steps": 150,
+    "learning_rate": 0.01, "max_seq_length": 32, "logging_steps": 10, "save_steps": 1000, "report_to": "none",
+    "disable_tqdm": True, "use_cpu": True, "ddp_backend": "gloo", "per_device_train_batch_size": 4,
+}  # fmt: skip
+
+
 def choose(
     method: str, model: torch.nn.Module, modules: list[str], seed: int, resample: str = "step", **settings: Any
 ) -> Method:

@@ -208,13 +208,7 @@ def test_the_recipe_for_torchrun_goes_on_after_sigterm_and_ends_as_undisturbed(
 ) -> None:
     """The page's own script with two processes on the CPU; scontrol is a stand-in that writes down the job's number."""
     (job,) = [text for text in JOBS if "torchrun --standalone" in text]
-    flags = {
-        "model_name_or_path": str(tiny_model_dir), "dataset_name": str(mrpc_dir), "do_train": True, "do_eval": True,
-        "apply_lora": True, "apply_adalora": True, "lora_type": "svd", "lora_r": 4, "lora_alpha": 8, "target_rank": 2,
-        "init_warmup": 5, "final_warmup": 10, "mask_interval": 2, "max_steps": 150, "learning_rate": 0.01,
-        "max_seq_length": 32, "logging_steps": 10, "save_steps": 1000, "report_to": "none", "disable_tqdm": True,
-        "use_cpu": True, "ddp_backend": "gloo", "per_device_train_batch_size": 4,
-    }  # fmt: skip
+    flags = runs.LONG_RUN | {"model_name_or_path": str(tiny_model_dir), "dataset_name": str(mrpc_dir)}
     (tools / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/requeued\n')
     (tools / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     changed = job.replace('cd "$HOME/rm-lora-glue" && source .venv/bin/activate', f"cd {runs.ROOT}")

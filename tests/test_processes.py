@@ -308,31 +308,15 @@ def test_data_parallel_counts_penalty_gates_and_importance_once(
 @pytest.mark.slow
 def test_torchrun_by_command_line(tiny_model_dir: Path, mrpc_dir: Path, tmp_path: Path) -> None:
     """Stopped by SIGTERM to torchrun, started again, and equal to the straight run."""
-    values = {
+    values = runs.LONG_RUN | {
         "model_name_or_path": tiny_model_dir,
         "dataset_name": mrpc_dir,
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_type": "svd",
-        "target_rank": 2,
-        "init_warmup": 5,
-        "final_warmup": 10,
-        "mask_interval": 2,
-        "max_steps": 150,
-        "learning_rate": 0.01,
-        "max_seq_length": 32,
-        "logging_steps": 10,
-        "save_steps": 1000,
         "train_sampling_strategy": "group_by_length",
         "pad_to_max_length": "False",
-        "report_to": "none",
-        "disable_tqdm": "True",
-        "use_cpu": "True",
-        "ddp_backend": "gloo",
     }
-    flags = ["--do_train", "--do_eval", "--apply_lora", "--apply_adalora", *(f"--{k}={v}" for k, v in values.items())]
+    flags = [f"--{k}={v}" for k, v in values.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(runs.ROOT / "AdaLoRA" / "run_glue.py"), *flags, "--per_device_train_batch_size=4"]
+    command += [str(runs.ROOT / "AdaLoRA" / "run_glue.py"), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(runs.ROOT)}
 
     def record(name: str) -> dict[str, Any]:
