@@ -20,7 +20,8 @@ if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py
         f"'pip install -e {Path(__file__).resolve().parents[1]}', or use another environment."
     )
 
-from loralib.errors import InputError
+from loralib.allocator import check_numbers
+from loralib.errors import InputError, check_at_least
 from loralib.glue.assemble import make_trainer
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, flag
 from loralib.glue.model import load_model
@@ -57,8 +58,7 @@ class AdaLoRAArguments(LoRAArguments):
             raise InputError(
                 f"lora_type is {self.lora_type!r}, it must be frd or svd here (v1 and v2: RM-LoRA/run_glue.py)."
             )
-        if self.reg_orth_coef < 0:
-            raise InputError(f"reg_orth_coef is {self.reg_orth_coef}, it must be 0 or more.")
+        check_at_least(0, reg_orth_coef=self.reg_orth_coef)
         if not self.apply_adalora:
             return
         if not self.apply_lora or self.lora_type != "svd":
@@ -66,20 +66,14 @@ class AdaLoRAArguments(LoRAArguments):
                 f"--apply_adalora needs --apply_lora and --lora_type svd, here apply_lora is {self.apply_lora} and "
                 f"lora_type is {self.lora_type}: only triplets have singular values to allocate."
             )
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, it must lie between 0 and 1, both excluded.")
-        steps = {"mask_interval": 1, "init_warmup": 0, "final_warmup": 0, "tb_writter_loginterval": 1}
-        for name, least in steps.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value:g}, it must be {least} or more.")
         for name in ("init_warmup", "final_warmup"):
             value = getattr(self, name)
             if value == int(value):
                 setattr(self, name, int(value))
             elif value > 1:
                 raise InputError(f"{name} is {value:g}, it must be a whole number of steps, or a fraction below 1.")
+        check_numbers(self.init_warmup, self.final_warmup, self.mask_interval, self.beta1, self.beta2)
+        check_at_least(1, tb_writter_loginterval=self.tb_writter_loginterval)
         if self.target_rank is not None and not 1 <= self.target_rank < self.lora_r:
             raise InputError(
                 f"target_rank is {self.target_rank}, it must lie in 1 to {self.lora_r - 1}, below lora_r = "

@@ -19,7 +19,7 @@ if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py
         f"'pip install -e {Path(__file__).resolve().parents[1]}', or use another environment."
     )
 
-from loralib.errors import InputError
+from loralib.errors import InputError, check_at_least
 from loralib.glue.assemble import make_trainer
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, flag
 from loralib.glue.model import load_model
@@ -49,8 +49,7 @@ class RMLoRAArguments(LoRAArguments):
             raise InputError(
                 f"lora_type is {self.lora_type!r}, it must be v1 or v2 here (frd and svd: AdaLoRA/run_glue.py)."
             )
-        if self.reg_orth_coef < 0:
-            raise InputError(f"reg_orth_coef is {self.reg_orth_coef}, it must be 0 or more.")
+        check_at_least(0, reg_orth_coef=self.reg_orth_coef)
         if self.apply_lora and not 1 <= (self.random_rank or 0) <= self.lora_r:
             raise InputError(
                 f"random_rank is {self.random_rank}, it must lie in 1 to {self.lora_r} (lora_r): give --random_rank, "

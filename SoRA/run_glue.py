@@ -22,7 +22,7 @@ if not Path(str(importlib.util.find_spec("loralib").origin)).with_name("adapt.py
     )
 
 from loralib.adapt import adapt
-from loralib.errors import InputError
+from loralib.errors import InputError, check_at_least
 from loralib.glue.flags import DataArguments, GlueTrainingArguments, LoRAArguments, ModelArguments, flag
 from loralib.glue.model import load_model
 from loralib.glue.parsing import command, parse
@@ -56,9 +56,7 @@ class SoRAArguments(LoRAArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sparse_lambda", "sparse_lambda_2"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be 0 or more.")
+        check_at_least(0, sparse_lambda=self.sparse_lambda, sparse_lambda_2=self.sparse_lambda_2)
         if self.sparse_lr is not None and self.sparse_lr <= 0:
             raise InputError(f"sparse_lr is {self.sparse_lr}, it must be above 0.")
         if self.train_sparse and not self.apply_lora:

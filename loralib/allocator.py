@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapt import Factors, factors
-from loralib.errors import InputError
+from loralib.errors import InputError, check_at_least
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +57,7 @@ class RankAllocator:
         for name, value in (("target_rank", target_rank), ("target_total_rank", target_total_rank)):
             if value is not None and value != int(value):
                 raise InputError(f"{name} is {value}, it must be a whole number.")
-        for name, number, least in (
-            ("init_warmup", init_warmup, 0),
-            ("final_warmup", final_warmup, 0),
-            ("mask_interval", mask_interval, 1),
-        ):
-            if number < least:
-                raise InputError(f"{name} is {number:g}, it must be {least} or more.")
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 < beta < 1:
-                raise InputError(f"{name} is {beta:g}, it must lie between 0 and 1, both excluded.")
+        check_numbers(init_warmup, final_warmup, mask_interval, beta1, beta2)
         self.target_total = check_budget(self.total_rank, len(self.names), target_rank, target_total_rank)
         self.warmups, self.mask_interval = (init_warmup, final_warmup), mask_interval
         self.init_warmup, self.final_warmup = (int(value) for value in self.warmups)  # `begin` sets them again
@@ -258,6 +249,19 @@ class RankAllocator:
             self._masked = torch.arange(self.r, device=device) >= state["kept"].to(device).unsqueeze(1)
         elif self.threshold is not None:  # a still earlier one; exact if the importance has not changed since the mask
             self._masked = self.scores() <= self.threshold
+
+
+def check_numbers(init_warmup: float, final_warmup: float, mask_interval: int, beta1: float, beta2: float) -> None:
+    """Refuse numbers that no run can be allocated with.
+
+    Raises:
+        InputError: names the number.
+    """
+    check_at_least(0, init_warmup=init_warmup, final_warmup=final_warmup)
+    check_at_least(1, mask_interval=mask_interval)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 < beta < 1:
+            raise InputError(f"{name} is {beta}, it must lie between 0 and 1, both excluded.")
 
 
 def check_budget(total: int, matrices: int, target_rank: int | None, target_total_rank: int | None) -> int:

@@ -27,6 +27,7 @@ class RunDiverged(RunError):
     """A loss, a gradient or an output of the model is no longer finite."""
 
     status = "diverged"
+    way_out = "with --overwrite_output_dir and a lower --learning_rate, a warm-up, or bf16 or float32 in place of fp16"
 
 
 class RunInterrupted(RunError):
@@ -34,6 +35,17 @@ class RunInterrupted(RunError):
 
     exit_status = 143
     status = "interrupted"
+
+
+def check_at_least(least: float, **values: float | None) -> None:
+    """Refuse a value below `least`; None is not checked.
+
+    Raises:
+        InputError: names the value.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}, it must be {least:g} or more.")
 
 
 def path_of(error: OSError) -> str | None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from loralib.adapt import Factors, adapt, factors, is_lora
 from loralib.allocator import RankAllocator
 from loralib.calls import Calls, nothing
-from loralib.errors import InputError
+from loralib.errors import InputError, check_at_least
 from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 from loralib.masking import RandomMask
 from loralib.regularizer import frd_penalty, svd_penalty
@@ -288,9 +288,7 @@ def sora(
     Raises:
         InputError: as `lora`; or the model has no gates, or a number is negative.
     """
-    for name, value in (("threshold", threshold), ("sparse_lambda", sparse_lambda)):
-        if value < 0:
-            raise InputError(f"{name} is {value:g}, it must be 0 or more.")
+    check_at_least(0, threshold=threshold, sparse_lambda=sparse_lambda)
     of = _factors(model, GatedLinear, modules, settings)
     if not of.between or any(gate.shape[0] != 1 for gate in of.between):
         raise InputError(
@@ -371,7 +369,8 @@ def rm_lora(
     norms: dict[str, Tensor] = {}  # on the device until they are logged
 
     def before_step(step: int, epoch: int | None = None, measure: bool = False) -> None:
-        if mask_resample == "epoch" and epoch is None:
+        key = step if mask_resample == "step" else epoch
+        if key is None:
             raise InputError(
                 "mask_resample is epoch, and before_step got no epoch, so one draw would serve the whole training: "
                 "call before_step(step, epoch=number of completed epochs)."
@@ -380,7 +379,7 @@ def rm_lora(
             return
         if measure:
             norms["train/grad_norm_before_mask"] = mask.gradient_norm()
-        mask.apply(step if mask_resample == "step" or epoch is None else epoch)
+        mask.apply(key)
         if as_released:
             gradients: list[Any] = [p.grad for p in others if p.grad is not None]
             torch._foreach_zero_(gradients)
@@ -422,8 +421,7 @@ def _factors(
         InputError: `modules` for `Factors`; `settings` without `modules`; or a penalty for a model that has
             one in its own loss.
     """
-    if penalty_coef < 0:
-        raise InputError(f"reg_orth_coef is {penalty_coef:g}, it must be 0 or more.")
+    check_at_least(0, reg_orth_coef=penalty_coef)
     if modules is not None:
         if isinstance(model, Factors):
             raise InputError("factors are adapted already: leave out the modules to adapt.")

@@ -19,6 +19,11 @@ def placeholders(number: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{i}" for i in range(number))
 
 
+def are_indices(names: Sequence[str]) -> bool:
+    """Whether the names are the whole numbers 0, 1 and on, in this order."""
+    return list(names) == [str(i) for i in range(len(names))]
+
+
 def places_in(names: Sequence[str], order: Sequence[str]) -> list[int] | None:
     """The place of each of `names` in `order`; None unless both lists name the same classes.
 
@@ -34,4 +39,4 @@ def places_in(names: Sequence[str], order: Sequence[str]) -> list[int] | None:
         ours, theirs = [spelled(name) for name in names], [spelled(name) for name in order]
         if set(ours) == set(theirs) and len(set(ours)) == len(ours):
             return [theirs.index(name) for name in ours]
-    return by_place if list(names) == [str(i) for i in by_place] else None
+    return by_place if are_indices(names) else None

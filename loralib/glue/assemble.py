@@ -167,7 +167,7 @@ _PLACES = ("config_name", "lora_path")  # folders that may move, so only their l
 
 def deciding_flags(*parts: Any) -> dict[str, Any]:
     """The flags of these dataclasses that decide a run's numbers, all but `NOT_COMPARED`."""
-    own = {k: v for part in parts for k, v in vars(part).items() if k in {f.name for f in fields(part) if f.init}}
+    own = {f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.init}
     return {
         name: Path(value).name if name in _PLACES and value else value
         for name, value in own.items()

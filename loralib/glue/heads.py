@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset, Value
 from transformers import PreTrainedConfig
 
-from loralib.adapters.names import placeholders, places_in, unnamed_labels
+from loralib.adapters.names import are_indices, placeholders, places_in, unnamed_labels
 from loralib.adapters.reading import ADAPTER_CONFIG, Adapter, output_layer
 from loralib.adapters.start import read_adapter
 from loralib.errors import InputError
@@ -221,7 +221,7 @@ def _permuted(data: GlueData, head: TrainedHead) -> GlueData:
     names, order = data.task.label_names, head.label_names
     if names is None or order is None or names == order:
         return data
-    numbers = list(names) == [str(i) for i in range(len(names))]
+    numbers = are_indices(names)
     if unnamed_labels(order):
         if not numbers:
             level = logging.INFO if data.task.name in GLUE else logging.WARNING  # GLUE's order is the usual one

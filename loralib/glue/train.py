@@ -89,8 +89,7 @@ def divergences(run: Run, trainer: LoRATrainer) -> Iterator[None]:
         if not run.training.do_train:
             raise
         raise RunDiverged(
-            f"{error.seen} after step {trainer.state.global_step}: start anew with --overwrite_output_dir and a lower "
-            "--learning_rate, a warm-up, or bf16 or float32 in place of fp16."
+            f"{error.seen} after step {trainer.state.global_step}: start anew {RunDiverged.way_out}."
         ) from error
 
 

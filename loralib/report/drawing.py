@@ -15,7 +15,7 @@ from loralib.report.runs import SMALLER_IS_BETTER, Run
 from loralib.report.spectrum import adapter_spectra, effective_rank
 from loralib.report.style import FEWEST_SEEDS, NONZERO
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, percent, scores
-from loralib.report.tuning import best_of_trials, scores_by_value, trial_scores
+from loralib.report.tuning import best_of_trials, scores_by_value, trial_scores, tuning_seeds
 
 MOST_LINES = 12  # of one panel; a task with more of them has one figure per method
 
@@ -113,9 +113,8 @@ def _draw_tuning(folder: Folder, tuned: Mapping[str, Any]) -> None:
             name: [(factor * mean, factor * deviation) for mean, deviation in best_of_trials(trial_scores(c), metric)]
             for name, c in choices.items()
         }
-        seeds = tuned["tune_seeds"]
         title = (
-            f"{task}: trials with seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; a dot is a trial, "
+            f"{task}: trials with {tuning_seeds(tuned)}; a dot is a trial, "
             "a line joins their means, a ring marks the chosen value, a cross below is a trial without a score"
             + ("; other tuned flags have their chosen values" if len(flags) > 1 else "")
         )

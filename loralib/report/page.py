@@ -32,6 +32,7 @@ from loralib.report.tuning import (
     open_trials,
     read_tuning,
     trials_are_equal,
+    tuning_seeds,
 )
 from loralib.report.webpage import webpage
 
@@ -173,7 +174,7 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
 
 
 def _one_class(runs: pd.DataFrame) -> list[str]:
-    """The runs that learned nothing that a score shows; a mean of 0.00 ± 0.00 is not a measurement of a method."""
+    """Name the runs that score what one class for every row scores: such a mean does not measure a method."""
     same = runs[runs["as_one_class"]]
     if not len(same):
         return []
@@ -198,10 +199,6 @@ def _over_budget(runs: pd.DataFrame, selection: str) -> list[str]:
     return parts
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"the seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
 def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], trials: int) -> list[str]:
     """The sections about a tuning as Markdown; nothing without one."""
     if tuning is None:
@@ -212,8 +209,8 @@ def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], trials: int) -
     )  # fmt: skip
     text = (
         f"The results above use the values below and seeds that were not used for tuning. {trials} trials and runs "
-        f"with other values are left out. A value was chosen by the mean score of its trials with "
-        f"{_seeds(tuning['tune_seeds'])}. {fair}"
+        f"with other values are left out. A value was chosen by the mean score of its trials with the "
+        f"{tuning_seeds(tuning)}. {fair}"
     )
     expected = (
         "The mean score of the best of k trials, over all subsets of k trials. A trial without a score counts with the "
@@ -253,13 +250,17 @@ def _origin(runs: Sequence[Run]) -> list[str]:
         threads = hardware.get("threads")
         return ", ".join(map(str, gpus)) or f"{hardware.get('cpu', '')}{f' (threads: {threads})' if threads else ''}"
 
+    def short(commit: str) -> str:
+        name, plus, changes = commit.partition("+")
+        return name[:7] + plus + changes
+
     versions = [run.data.get("versions") or {} for run in runs]
     hours = sum(run.seconds or 0 for run in runs) / 3600
     lines = [
         f"- {len(runs)} finished runs, trials included, took {hours:.1f} hours in sum.",
         f"- Hardware: {several(machine(run.data.get('hardware') or {}) for run in runs)}.",
         f"- Versions: {several(', '.join(f'{k} {v}' for k, v in found.items()) for found in versions)}.",
-        f"- Commits: {several(re.sub('(?<=^.{7})[0-9a-f]+', '', run.data.get('commit') or '') for run in runs)}.",
+        f"- Commits: {several(short(run.data.get('commit') or '') for run in runs)}.",
     ]
     return ["## Where the numbers come from", "\n".join(lines)]
 

@@ -61,13 +61,16 @@ def final_runs(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
     Runs of other tasks and methods are kept as they are, except `open_trials`.
     """
     chosen = {(c["task"], c["method"]): c["values"] for c in tuning["choices"]}
-    waiting = open_trials(runs, tuning)
+    waiting = {id(run) for run in open_trials(runs, tuning)}
     found = []
     for run in runs:
         values = chosen.get((run.task, run.arm))
-        chosen_values = all(same_as_typed(run.arguments.get(n), v) for n, v in (values or {}).items())
-        final = run.seed not in tuning["tune_seeds"] and chosen_values
-        if final if values is not None else run not in waiting:
+        if values is None:
+            counts = id(run) not in waiting
+        else:
+            has_values = all(same_as_typed(run.arguments.get(name), value) for name, value in values.items())
+            counts = has_values and run.seed not in tuning["tune_seeds"]
+        if counts:
             found.append(run)
     name_variants(found)
     return found
@@ -79,6 +82,12 @@ def open_trials(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
     tuned = {method for _, method in chosen}
     return [run for run in runs
             if run.arm in tuned and (run.task, run.arm) not in chosen and run.seed in tuning["tune_seeds"]]  # fmt: skip
+
+
+def tuning_seeds(tuning: Mapping[str, Any]) -> str:
+    """The seeds of the trials in words: "seed 1" or "seeds 1, 2"."""
+    seeds = tuning["tune_seeds"]
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def chosen_table(tuning: Mapping[str, Any]) -> str:

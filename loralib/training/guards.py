@@ -107,8 +107,8 @@ class Guards(Trainer):
             last = last_checkpoint(self.args.output_dir)
             raise RunDiverged(
                 f"the loss or its gradient became NaN or infinite at step {step + 1} (noticed at step "
-                f"{self.state.global_step}, learning rate {self._get_learning_rate():.3g}): start over with "
-                "--overwrite_output_dir and a lower --learning_rate, a warm-up, or bf16 or float32 in place of fp16; "
+                f"{self.state.global_step}, learning rate {self._get_learning_rate():.3g}): start over "
+                f"{RunDiverged.way_out}; "
                 f"{f'the last good checkpoint is {last}' if last else 'no checkpoint was written before'}."
             )
 
