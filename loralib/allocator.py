@@ -259,6 +259,11 @@ def check_numbers(init_warmup: float, final_warmup: float, mask_interval: int, b
     """
     check_at_least(0, init_warmup=init_warmup, final_warmup=final_warmup)
     check_at_least(1, mask_interval=mask_interval)
+    for name, steps in (("init_warmup", init_warmup), ("final_warmup", final_warmup)):
+        if steps > 1 and steps % 1:
+            raise InputError(f"{name} is {steps:g}, it must be a whole number of steps, or a fraction below 1.")
+    if mask_interval % 1:
+        raise InputError(f"mask_interval is {mask_interval:g}, it must be a whole number of steps.")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 < beta < 1:
             raise InputError(f"{name} is {beta}, it must lie between 0 and 1, both excluded.")

@@ -44,7 +44,7 @@ def check_at_least(least: float, **values: float | None) -> None:
         InputError: names the value.
     """
     for name, value in values.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # NaN, too
             raise InputError(f"{name} is {value}, it must be {least:g} or more.")
 
 

@@ -24,6 +24,7 @@ at these places:
 `loralib.training.method_callback` calls it from the hooks of the stock Trainer.
 """
 
+import logging
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -39,6 +40,8 @@ from loralib.layers import GatedLinear, LoRALinear, SVDLinear
 from loralib.masking import RandomMask
 from loralib.regularizer import frd_penalty, svd_penalty
 from loralib.sparse import SparseAdamW, gate_l1
+
+logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -433,5 +436,11 @@ def _factors(
         raise InputError(
             f"reg_orth_coef is {penalty_coef:g}, but PEFT's AdaLoRA adds an orthogonality penalty of its own to the "
             "loss: leave it at 0 and set orth_reg_weight in AdaLoraConfig."
+        )
+    if of.A and (dtype := of.A[0].dtype) in (torch.float16, torch.bfloat16):
+        logger.warning(
+            "the factors are %s, as the model is: small steps of an optimizer round to nothing; load the model with "
+            "dtype=torch.float32, and save time and memory by autocast (--bf16)",
+            dtype,
         )
     return of

@@ -160,6 +160,11 @@ def test_allocator_state_goes_round() -> None:
         ({"target_rank": None, "target_total_rank": 16}, "target_total_rank must be between 1 and 15, .*it is 16"),
         ({"target_rank": 2, "target_total_rank": 9}, "2 x 4 matrices = 8 disagrees with target_total_rank 9"),
         ({"init_warmup": 5, "final_warmup": 5}, r"init_warmup 5 \+ final_warmup 5 must stay below the total of 10"),
+        ({"init_warmup": 1.5}, "init_warmup is 1.5, it must be a whole number of steps, or a fraction below 1"),
+        ({"final_warmup": float("inf")}, "final_warmup is inf, it must be a whole number of steps"),
+        ({"final_warmup": float("nan")}, "final_warmup is nan, it must be 0 or more"),
+        ({"mask_interval": 1.5}, "mask_interval is 1.5, it must be a whole number of steps"),
+        ({"beta1": float("nan")}, "beta1 is nan, it must lie between 0 and 1"),
     ],
 )
 def test_a_budget_outside_its_range_is_refused(settings: dict, said: str) -> None:

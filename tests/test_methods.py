@@ -138,6 +138,13 @@ def test_a_method_adapts_a_model_or_takes_what_is_adapted() -> None:
         alone.optimizer(0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_factors_in_half_precision_are_warned_of(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """A float16 near 1 has no neighbour within 0.0005, so that steps of AdamW with 1e-4 leave it where it is."""
+    lora(Model(LoRALinear).to(dtype))
+    assert [str(dtype) in line for line in caplog.messages] == [True] * (dtype != torch.float32)
+
+
 def test_settings_that_contradict_the_model_are_refused() -> None:
     model = Model(LoRALinear)
     refused: list[tuple[Any, str]] = [

@@ -229,7 +229,7 @@ def test_nan_outputs_of_a_model_that_was_trained_are_a_divergence(
 ) -> None:
     """As bad input (status 2) a sweep would try that run again with each call, and a tuning would never choose."""
     argv = [*usual, f"--output_dir={tmp_path}", "--max_grad_norm=0", "--learning_rate=1e30", "--warmup_steps=0"]
-    with pytest.raises(RunDiverged, match=r"outputs are NaN in \d+ of \d+ rows after step \d: start anew with"):
+    with pytest.raises(RunDiverged, match=r"outputs are NaN in \d+ of \d+ rows after step \d: start over with"):
         entry_point("AdaLoRA").main([*argv, "--save_strategy=no", "--logging_steps=100", *flags])
     assert record(tmp_path)["status"] == "diverged"
 

@@ -11,7 +11,7 @@ import export_adapter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import pipeline
+from transformers import PreTrainedConfig, pipeline
 
 from loralib.errors import InputError
 
@@ -473,17 +473,44 @@ def test_several_labels_a_row_are_refused_by_name(world: World, tmp_path: Path) 
         world(config_name=full, dataset_name=world.mnli, do_train=True)
 
 
-# ---- the commit of a hub's model ----
+# ---- a model of the hub ----
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_model(folder: Path, cache: Path) -> dict[str, Any]:
+    """The flags of a model in a cache as huggingface_hub makes it: refs/main names the commit, snapshots/COMMIT holds
+    the files."""
+    store = cache / "models--some--deberta"
+    (store / "refs").mkdir(parents=True)
+    (store / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(folder, store / "snapshots" / COMMIT)
+    return {"model_name_or_path": "some/deberta", "cache_dir": cache}
 
 
 def test_the_base_models_revision_is_the_commit_of_its_snapshot(world: World, tmp_path: Path) -> None:
-    """In a cache as huggingface_hub makes it: refs/main names the commit, snapshots/COMMIT holds the files."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    store = tmp_path / "cache" / "models--some--deberta"
-    (store / "refs").mkdir(parents=True)
-    (store / "refs" / "main").write_text(commit)
-    shutil.copytree(world.base, store / "snapshots" / commit)
-    hub = {"model_name_or_path": "some/deberta", "cache_dir": tmp_path / "cache"}
+    hub = hub_model(world.base, tmp_path / "cache")
     world(**LORA, **hub, dataset_name=world.mnli, do_train=True, max_steps=1)
     adapter = json.loads((world.last / "adapter.json").read_text())
-    assert (adapter["base_model"], adapter["base_model_revision"]) == ("some/deberta", commit)
+    assert (adapter["base_model"], adapter["base_model_revision"]) == ("some/deberta", COMMIT)
+
+
+def test_a_hub_that_fails_once_does_not_lose_the_order_of_the_labels(
+    world: World, right: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without the config the labels would be counted in the task's order, while the head has another one."""
+    folder = permuted(world.folder / "full", tmp_path / "permuted", (1, 2, 0))
+    hub = hub_model(folder, tmp_path / "cache")
+    read, failed = PreTrainedConfig.get_config_dict, []
+
+    def fails_once(name: str, **asked: Any) -> Any:
+        if name == "some/deberta" and not failed:
+            failed.append(name)
+            raise OSError("503 Service Unavailable")
+        return read(name, **asked)
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", fails_once)
+    with pytest.raises(InputError, match="some/deberta cannot be loaded .* not have been reachable.*: 503 Service"):
+        world(**hub, dataset_name=world.mnli, do_eval=True)
+    assert failed
+    assert scores(world(**hub, dataset_name=world.mnli, do_eval=True)) == right["full"][0]

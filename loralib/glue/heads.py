@@ -6,12 +6,14 @@ the config.json beside it if adapter.json names no labels, the model's config, t
 
 import logging
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Value
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import PreTrainedConfig
 
 from loralib.adapters.names import are_indices, placeholders, places_in, unnamed_labels
@@ -133,14 +135,12 @@ def head_of_model(model: ModelArguments) -> TrainedHead | None:
     """The head of a model, by its config; None for a pretrained body without a classifier, or without a config.
 
     Raises:
-        InputError: --config_name asks for several labels per row.
+        InputError: --config_name asks for several labels per row, or the hub does not answer.
     """
     name = os.path.expanduser(model.model_name_or_path)
-    asked: dict[str, Any] = {"cache_dir": model.cache_dir, "revision": model.model_revision, "token": model.token}
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name, **asked)
-        named = PreTrainedConfig.get_config_dict(model.config_name, **asked)[0] if model.config_name else config
-    except Exception:  # load_model reads the same files later and reports the error
+    config = _read_config(name, model)
+    named = _read_config(model.config_name, model) if model.config_name else config
+    if config is None or named is None:
         return None
     if named is not config and named.get("problem_type") == MULTI_LABEL:
         raise InputError(f"config_name {model.config_name} has problem_type {MULTI_LABEL}, which is not supported: a "
@@ -152,6 +152,44 @@ def head_of_model(model: ModelArguments) -> TrainedHead | None:
         return None  # a config that names labels is taken for that of a classifier, even if it lacks other entries
     record = find_json(Path(name) / "run.json") or {}
     return replace(head, task=head.task or (record["task"] if isinstance(record.get("task"), str) else None))
+
+
+def _read_config(name: str, model: ModelArguments) -> dict[str, Any] | None:
+    """config.json of a folder or of a model on the hub; None without one. A folder's broken file is reported by
+    load_model; the hub may answer the next question, so that a head without its config would lose its order of labels.
+    """
+    try:
+        asked: dict[str, Any] = {"cache_dir": model.cache_dir, "revision": model.model_revision, "token": model.token}
+        return PreTrainedConfig.get_config_dict(name, **asked)[0]
+    except Exception as error:  # each way to read a file has its own exceptions
+        if is_folder(name) or isinstance(error.__cause__, RemoteEntryNotFoundError):
+            return None
+        raise cannot_be_loaded(name, error) from error
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model is given as a folder, existing or not, and not by its name on the hub."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
+
+
+def cannot_be_loaded(name: str, error: Exception) -> InputError:
+    """One sentence for the error that a library raised while it read the model `name`."""
+    if Path(name).is_dir():
+        where, way = "", " (is every file whole, none half downloaded or a git-lfs pointer?)"
+        if any((Path(name) / file).is_file() for file in ("adapter.json", "adapter_config.json")):
+            way = " (the folder holds an adapter: give it as --lora_path, and its base model here)"
+    else:
+        where, way = " (no such folder here, so the hub was asked; it may not have been reachable)", ""
+    what = " ".join(str(error).split())[:500] or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):  # its message would advise to execute code from the file
+        what = "its weights are not a file of tensors"
+    if "ignore_mismatched_sizes" in what:
+        what = (
+            "some layers have sizes that do not match the config and the task's head (listed above): "
+            "--ignore_mismatched_sizes replaces them by fresh ones"
+        )
+        way = ""
+    return InputError(f"the model {name} cannot be loaded{where}: {what}{way}")
 
 
 def head_of_config(config: Mapping[str, Any], source: str) -> TrainedHead:

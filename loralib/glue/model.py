@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from loralib.adapters.names import places_in
 from loralib.adapters.start import load_lora
 from loralib.errors import InputError
 from loralib.glue.flags import LoRAArguments, ModelArguments
-from loralib.glue.heads import head_of_model
+from loralib.glue.heads import cannot_be_loaded, head_of_model, is_folder
 from loralib.glue.machine import versions
 from loralib.glue.tasks import Task
 from loralib.kernels.deberta import use_fast_attention
@@ -39,11 +38,7 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
     """
     name = os.path.expanduser(args.model_name_or_path)
     for value in (name, args.config_name, args.tokenizer_name):
-        if (
-            value
-            and (value.startswith(("/", ".", "~")) or value.count("/") > 1)
-            and not Path(value).expanduser().is_dir()
-        ):
+        if value and is_folder(value) and not Path(value).expanduser().is_dir():
             raise InputError(
                 f"the model folder {value} does not exist: give an existing folder or a model's name on the hub."
             )
@@ -86,22 +81,7 @@ def load_model(args: ModelArguments, task: Task) -> tuple[PreTrainedModel, PreTr
     except InputError:
         raise
     except Exception as error:  # each file format has its own exceptions
-        if Path(name).is_dir():
-            where, way = "", " (is every file whole, none half downloaded or a git-lfs pointer?)"
-            if any((Path(name) / file).is_file() for file in ("adapter.json", "adapter_config.json")):
-                way = " (the folder holds an adapter: give it as --lora_path, and its base model here)"
-        else:
-            where, way = " (no such folder here, so the hub was asked; it may not have been reachable)", ""
-        what = " ".join(str(error).split())[:500] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # its message would advise to execute code from the file
-            what = "its weights are not a file of tensors"
-        if "ignore_mismatched_sizes" in what:
-            what = (
-                "some layers have sizes that do not match the config and the task's head (listed above): "
-                "--ignore_mismatched_sizes replaces them by fresh ones"
-            )
-            way = ""
-        raise InputError(f"the model {name} cannot be loaded{where}: {what}{way}") from error
+        raise cannot_be_loaded(name, error) from error
     if args.attention == "fast" and config.model_type == "deberta-v2":
         use_fast_attention(model)
     return model, tokenizer

@@ -89,7 +89,7 @@ def divergences(run: Run, trainer: LoRATrainer) -> Iterator[None]:
         if not run.training.do_train:
             raise
         raise RunDiverged(
-            f"{error.seen} after step {trainer.state.global_step}: start anew {RunDiverged.way_out}."
+            f"{error.seen} after step {trainer.state.global_step}: start over {RunDiverged.way_out}."
         ) from error
 
 
