@@ -2,7 +2,17 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.17", "mypy>=2.4", "peft>=0.19", "setuptools>=77", "trl>=1.16,<2"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.8",  # one process for each core
+    "psutil>=5.9",  # pytest-xdist counts the cores by it
+    "hypothesis>=6.100",
+    "ruff>=0.17",
+    "mypy>=2.4",
+    "peft>=0.19",
+    "setuptools>=77",
+    "trl>=1.16,<2",
+]
 
 setup(
     name="rm-lora-glue",

@@ -286,10 +286,10 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 def test_refused_in_yaml(text: str, said: str, file: Any) -> None:
     names = [line.partition(":")[0] for line in text.splitlines()]
     usual = "".join(f"{k}: {v}\n" for k, v in USUAL.items() if k not in names)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InputError, match=said) as refused:
         parse(file(usual + text))
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert len(str(refused.value)) < 500 and "\n" not in str(refused.value) and "hf_abc" not in str(refused.value)
 
 

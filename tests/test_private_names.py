@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEANED_ON = {
     "argparse.ArgumentParser": "_actions",
     "accelerate.utils": "DynamoBackend GradientAccumulationPlugin",
+    "huggingface_hub.errors": "RemoteEntryNotFoundError",
     "peft.tuners.adalora.layer": "AdaLoraLayer",
     "peft.tuners.lora.layer": "LoraLayer",
     "peft.tuners.tuners_utils": "BaseTunerLayer",

@@ -142,21 +142,39 @@ case "$*" in
     *find_spec*) exit 1 ;;
     *embedded.py*) echo /embedded ;;
     *run_glue.py*) echo "$*" >> "$RECORD"; case "$*" in *SoRA/*) exit "${SORA_EXIT:-0}" ;; esac ;;
-    *quickstart_table.py*) echo "$*" >> "$RECORD" ;;
+    *quickstart_table.py* | *"-m pytest"*) echo "$*" >> "$RECORD" ;;
 esac
 """
 
 
-def quickstart(tmp_path: Path, *flags: str, again: bool = False, **env: str) -> tuple[int, str, list[str]]:
-    """(exit status, stderr, calls of pip, entry points and table) of a quickstart whose Python only records."""
+def recorded(script: str, tmp_path: Path, *flags: str, again: bool = False, **env: str) -> tuple[int, str, list[str]]:
+    """(exit status, stderr, calls of pip, entry points, table and pytest) of a script whose Python only records."""
     clone = tmp_path / "a clone" if again else fake_clone(tmp_path)
     record = tmp_path / "record"
     record.write_text("")
     bin_ = tmp_path / ("bin2" if again else "bin")
     environment = on_path(bin_, python3_11=RECORDER, python=RECORDER) | {"RECORD": str(record)} | env
-    command = ["bash", str(clone / "scripts" / "quickstart.sh"), *flags]
+    command = ["bash", str(clone / "scripts" / script), *flags]
     run = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
     return run.returncode, run.stderr, record.read_text().splitlines()
+
+
+def quickstart(tmp_path: Path, *flags: str, again: bool = False, **env: str) -> tuple[int, str, list[str]]:
+    return recorded("quickstart.sh", tmp_path, *flags, again=again, **env)
+
+
+@pytest.mark.parametrize(
+    ("flags", "called"),
+    [
+        ((), "-m pytest -n logical --maxprocesses 4 --dist loadfile"),
+        (("-n", "0", "--pdb"), "-m pytest -n logical --maxprocesses 4 --dist loadfile -n 0 --pdb"),
+        (("-m", "slow"), "-m pytest -m slow"),
+    ],
+)
+def test_only_the_default_tier_runs_in_several_processes(tmp_path: Path, flags: tuple[str, ...], called: str) -> None:
+    code, said, calls = recorded("test.sh", tmp_path, *flags)
+    assert code == 0, said
+    assert calls[-1].endswith(called)
 
 
 def test_quickstart_installs_once_then_runs_five_methods_and_the_table(tmp_path: Path) -> None:

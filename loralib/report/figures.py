@@ -60,7 +60,7 @@ def rank_heatmap(
     """
     kinds, layers, values = rank_grid(ranks)
     lines = lines or {}
-    width, height = 3.2 + 0.52 * len(layers), 1.7 + 0.42 * len(kinds)
+    width, height = 3.2 + 0.52 * min(len(layers), MOST_CELLS), 1.7 + 0.42 * min(len(kinds), MOST_CELLS)
     figure = new_figure(width + (4.0 if lines else 0.0), max(height, 1.9 * len(lines)))
     grid = figure.add_gridspec(max(1, len(lines)), 1 + bool(lines), width_ratios=[width, 4.0][: 1 + bool(lines)])
     axes = figure.add_subplot(grid[:, 0])
