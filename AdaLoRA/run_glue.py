@@ -66,10 +66,10 @@ class AdaLoRAArguments(LoRAArguments):
                 f"--apply_adalora needs --apply_lora and --lora_type svd, here apply_lora is {self.apply_lora} and "
                 f"lora_type is {self.lora_type}: only triplets have singular values to allocate."
             )
-        check_numbers(self.init_warmup, self.final_warmup, self.mask_interval, self.beta1, self.beta2)
         for name in ("init_warmup", "final_warmup"):
             if getattr(self, name) % 1 == 0:
                 setattr(self, name, int(getattr(self, name)))  # the record of a run says 80, not 80.0
+        check_numbers(self.init_warmup, self.final_warmup, self.mask_interval, self.beta1, self.beta2)
         check_at_least(1, tb_writter_loginterval=self.tb_writter_loginterval)
         if self.target_rank is not None and not 1 <= self.target_rank < self.lora_r:
             raise InputError(
