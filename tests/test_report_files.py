@@ -125,6 +125,15 @@ def test_latex_of_nine_tasks_stands_in_blocks_that_fit(tmp_path: Path) -> None:
         assert ends == [1 + sum(spans[: i + 1]) for i in range(len(spans))] and row.count("&") == sum(spans)
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_a_squared_error_is_no_percentage(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / f"mine{seed}", "lora", "mine", seed, accuracies=[0.5], metrics={"eval_mse": 2.25})
+    text = text_of(tmp_path)
+    for said in (text, (tmp_path / "report.tex").read_text()):
+        assert "in percent, squared errors as they are" in said and "2.25" in said and "225" not in said
+
+
 @settings(max_examples=100, deadline=None)
 @given(NAMES)
 def test_a_name_is_text_in_latex(name: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from loralib.report.differences import clear_best
-from loralib.report.tables import WORDS, by_method, metrics_of, scores
+from loralib.report.tables import WORDS, by_method, in_percent, metrics_of, scores
 
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"} | {
     c: rf"\{c}" for c in "{}$&#_%"
@@ -59,8 +59,9 @@ def latex_table(runs: pd.DataFrame, selection: str, models: str) -> str:
         seeds = f"{counts[0]} seeds" if len(counts) == 1 else "seeds, whose number stands in brackets"
         what = f"mean and standard deviation over {seeds}"
     same = any(part["as_one_class"].all() for part in groups.values())
+    unit = in_percent(metric for metrics in tasks.values() for metric in metrics)
     caption = (
-        f"{latex_text(models)} on the validation rows: {what}, in percent; selection: {selection}. Bold: better than "
+        f"{latex_text(models)} on the validation rows: {what}, {unit}; selection: {selection}. Bold: better than "
         "every other method of the column by the paired 95\\,\\% interval of the t distribution, not corrected for the "
         "number of comparisons." + (" $\\dagger$: the score of one answer for every row." if same else "")
     )

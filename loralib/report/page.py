@@ -20,6 +20,7 @@ from loralib.report.tables import (
     code,
     cost_table,
     escape,
+    in_percent,
     main_table,
     published_tables,
     settings_table,
@@ -142,8 +143,9 @@ def _models(runs: pd.DataFrame) -> str:
 
 def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     """The sections with the scores and the comparisons, as Markdown."""
+    unit = in_percent(metric for run in runs["run"] for metric in run.metrics)
     parts = [
-        f"{len(runs)} finished runs. Model: {escape(_models(runs)) or '-'}. Scores in percent, mean ± standard "
+        f"{len(runs)} finished runs. Model: {escape(_models(runs)) or '-'}. Scores {unit}, mean ± standard "
         f"deviation over n seeds. Selection: **{selection}**, {SELECTIONS[selection]}.",
         "## Scores",
         main_table(runs),

@@ -52,6 +52,11 @@ def percent(metric: str, values: Any) -> np.ndarray:
     return np.asarray(values, dtype=float) * (1 if metric == "mse" else 100)
 
 
+def in_percent(metrics: Iterable[str]) -> str:
+    """The unit of scores, in words: `percent` leaves a squared error as it is."""
+    return "in percent, squared errors as they are" if "mse" in metrics else "in percent"
+
+
 def spread(values: Any) -> str:
     """mean +- standard deviation over seeds (n - 1); a single value has none."""
     known = np.asarray(values, dtype=float)
