@@ -625,6 +625,31 @@ def run_sweep(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SWEEP), *argv], env=clean | env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_sweep_and_ends_its_runs(tmp_path: Path, signum: int) -> None:
+    """Ray has handlers of its own for SIGTERM. The run gets SIGTERM, too, in which it may write a checkpoint."""
+    pytest.importorskip("ray")
+    entry = tmp_path / "mine.py"
+    entry.write_text("""
+import pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+out.mkdir(parents=True, exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit((out / "stopped").write_text("") or 143))
+(out / "started").write_text("")
+time.sleep(300)
+""")
+    argv = ["--tasks", "rte", "--methods", str(entry), "--seeds", "1", "--output", str(tmp_path / "out")]
+    argv += ["--gpus_per_run", "0", "--cpus_per_run", "1"]
+    sweep = subprocess.Popen([sys.executable, str(SWEEP), *argv], stdout=subprocess.PIPE, text=True)
+    out = tmp_path / "out" / "rte" / "mine" / "seed1"
+    assert wait_for((out / "started").exists, 120)
+    sweep.send_signal(signum)
+    said, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 130 and "stopping: runs that are under way" in said, said
+    assert wait_for((out / "stopped").exists, 60)
+
+
 def test_sweep_on_ray(tmp_path: Path) -> None:
     """With Ray: failures are retried once, logged, and stop nothing. Without: the sentence that says what to do."""
     entry = tmp_path / "mine.py"

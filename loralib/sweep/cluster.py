@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loralib.errors import InputError, RunError
+from loralib.sweep.guard import interrupt_on_signals
 from loralib.sweep.plan import ROOT
 
 TOKEN = secrets.token_hex(32)  # one for the whole process, because Ray's client keeps the first one that it sees
@@ -65,6 +66,7 @@ class Cluster:
             if self.address:
                 what, way = f"reach {self.address}", "check the address, and RAY_AUTH_TOKEN if that cluster needs one"
             raise InputError(f"Ray could not {what} ({' '.join(str(error).split())[:300]}): {way}.") from error
+        interrupt_on_signals()  # Ray has replaced the handler of SIGTERM
         self.ray = ray
         return ray
 

@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from loralib.errors import InputError, RunError
 from loralib.secrets import hide, remember_command
 from loralib.sweep.asking import ask
 from loralib.sweep.dispatch import sweep
-from loralib.sweep.guard import guard, interrupt
+from loralib.sweep.guard import guard, interrupt_on_signals
 from loralib.sweep.plan import METHODS, ROOT, Job, plan, split_arms
 from loralib.sweep.records import Done, ResultsFile, closest, is_asked_for, runs_below
 from loralib.sweep.settings import RequestedRun
@@ -127,8 +126,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
             if tuning:
                 print(f"# then the best value of each method on each task, with the seeds {args.seeds}")
             return 0
-        for signum in (signal.SIGINT, signal.SIGTERM):  # a shell may have started this with Ctrl-C ignored
-            signal.signal(signum, interrupt)
+        interrupt_on_signals()
         say_near_misses(jobs, asked, done)
         code = sweep(jobs, asked, done, args)
         if tuning and code != 130:

@@ -31,6 +31,12 @@ def interrupt(signum: int, _: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def interrupt_on_signals() -> None:
+    """Let SIGTERM, and Ctrl-C even where a shell has made this process ignore it, end a program as Ctrl-C does."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
+
+
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`, nearest first, without zombies."""
     children: dict[int, list[int]] = {}
