@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
 
     Returns:
         The exit status: 0 if all runs are finished, 1 if some failed, 2 for bad input, 3 if the cluster is gone, 130
-        after Ctrl-C.
+        after Ctrl-C or SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--guard"]:
