@@ -28,7 +28,7 @@ from loralib.report import comparison, drawing, figures, page, tuning
 from loralib.report.runs import Run
 from loralib.report.spectrum import adapter_spectra, effective_rank, singular_values
 from loralib.report.style import METHODS as METHODS_WITH_COLOURS
-from loralib.sweep.records import compact
+from loralib.sweep.records import compact, read_result
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
@@ -155,6 +155,8 @@ def test_p_is_scipys() -> None:
     expected = stats.ttest_rel(ours, theirs).pvalue
     assert comparison.p_value(dict(enumerate(ours)), dict(enumerate(theirs))) == pytest.approx(expected)
     assert np.isnan(comparison.p_value({1: 2.0, 2: 3.0}, {1: 1.0, 2: 1.0}))
+    same = {seed: 1.0 for seed in range(3)}  # no test, and so none that the others are corrected for
+    assert np.isnan(comparison.p_value(same, same)) and np.isnan(comparison.p_value(same, dict.fromkeys(same, 0.1)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -228,6 +230,16 @@ def test_table_holds_mean_deviation_and_every_run(tmp_path: Path) -> None:
     assert "| LoRA r=8 | 1.33M | 85.20 | 88.34 |" in published and "arXiv 2303.10512" in published
     for name in ("curves_rte", "budget_rte", "ranks_rte_adalora", "ranks_rte_sora", "spectra_rte", "comparison"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and f"({name}.png)" in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one", "lora", accuracies=[0.9, 0.6, 0.8])
+    for entry in run["history"][:2]:
+        entry |= {k: float("nan") for k in entry if k == "eval_accuracy"}
+    (tmp_path / "one" / "run.json").write_text(json.dumps(run))
+    for selection, score in (("best", "80.00"), ("heldout", "60.00")):
+        assert f"| lora | {score} (n=1) |" in text_of(tmp_path, "--selection", selection)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -397,6 +409,19 @@ def test_stages_are_one_run(tmp_path: Path) -> None:
     assert "| rte, sora, seed 1 | 0.0002 | 7,000 | 62.00 |" in text
     assert "| rte, sora | 1 | " in text and f" | {780 + 2 * 156:,} | " in text
     assert (tmp_path / "lambda_rte_sora.png").exists()
+    tables = text.split("## Figures")[0]
+    record = compact(read_result(tmp_path / "s" / "run.json") or {}, "sora")
+    (tmp_path / "all.jsonl").write_text(json.dumps(record) + "\n")
+    assert report.main([str(tmp_path / "all.jsonl"), "--selection", "best"]) == 0
+    assert (tmp_path / "report.md").read_text().split("## Figures")[0] == tables
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_schedule_of_trainings_is_not_compared_with_one_training(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"lora{seed}", "lora", seed=seed)
+        make_run(tmp_path / f"sora{seed}", "sora", seed=seed, stages=[{"lambda": 0.0}, {"lambda": 1e-4}])
+    assert "not compared: trainings in a row 2 against 1 |" in text_of(tmp_path)
 
 
 def test_nothing_to_report_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -437,6 +462,36 @@ def test_settings_stand_beside_the_scores(tmp_path: Path) -> None:
     assert "| rte, lora | 0.001 | 3.0 | 8 | 16.0 | 32 | 2490 | 138 | - |" in text
     assert "| rte, adalora | 0.001 | 3.0 | 8 | 16.0 | 32 | 2490 | 138 | target_rank 4, beta1 0.85 |" in text
     assert "| rte, sora | 0.001 | 3.0 | 8 | 16.0 | 32 | 2490 | 138 | sparse_lambda_2 0.1 |" in text
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("lora", "sora", "selection", "said"),
+    [
+        ({"eval_samples": [9, 277, 277]}, {"eval_samples": [277, 277, 9]}, "last", "eval rows 277, 9 against 277, 9"),
+        (
+            {"train_file": ["a.csv"] * 3},
+            {"train_file": ["x/a.csv", "a.csv", "b.csv"]},
+            "last",
+            "train_file b.csv against a.csv",
+        ),
+        ({"eval_steps": [10] * 3}, {"eval_steps": [78] * 3}, "best", "evaluations each 78 steps against 10 steps"),
+        ({"eval_steps": [10] * 3}, {"eval_steps": [78] * 3}, "last", None),
+    ],
+)
+def test_each_pair_must_agree(
+    tmp_path: Path, lora: dict[str, list[Any]], sora: dict[str, list[Any]], selection: str, said: str | None
+) -> None:
+    for method, own in (("lora", lora), ("sora", sora)):
+        for seed in range(3):
+            values = {name: of[seed] for name, of in own.items()}
+            arguments = {"seed": seed, "eval_strategy": "steps"} | {
+                k: v for k, v in values.items() if "samples" not in k
+            }
+            metrics = {"eval_accuracy": 0.5 + seed / 10} | {k: v for k, v in values.items() if "samples" in k}
+            make_run(tmp_path / method / f"{seed}", method, seed=seed, arguments=arguments, metrics=metrics)
+    text = text_of(tmp_path, "--selection", selection)
+    assert ("not compared" in text) == (said is not None) and (said is None or f"not compared: {said} |" in text)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -510,6 +565,16 @@ def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
     text = text_of(tmp_path)
     assert "mrpc, lora" not in text and "On mrpc nothing is chosen yet; trials finished so far: 1." in text
     shutil.rmtree(waiting)
+    assert "**on the rows that are reported above**" in text and "No final run" not in text
+    choices.append(
+        choices[0] | {"method": "adalora", "scores": [choices[0]["scores"][0] | {"over_budget": [9, 5]}] * 2}
+    )
+    (tmp_path / "tuning.json").write_text(json.dumps(tuned))
+    text = text_of(tmp_path, "--selection", "heldout")
+    assert "No final run with the chosen values is finished yet: rte, adalora." in text
+    assert "scored above AdaLoRA's target budget: rte, adalora." in text
+    assert "on the half of the validation rows that is not reported above" in text
+    choices.pop()
     choices[0]["scores"].pop()
     (tmp_path / "tuning.json").write_text(json.dumps(tuned))
     assert "different numbers of trials" in text_of(tmp_path)
@@ -693,6 +758,7 @@ def test_trials_are_drawn_at_their_values_with_the_others_at_theirs() -> None:
         ([1.0, 2.0], 1, "nothing can be said of sora against LoRA from 2 pairs of runs (+1.50 points of accuracy)."),
         ([1.0], 1, "from one pair of runs (+1.00 points of accuracy)."),
         ([0.0] * 3, 1, "the differences of all 3 pairs of runs are equal (+0.00 points of accuracy), and no interval"),
+        ([1.0] * 3, 1, "the differences of all 3 pairs of runs are equal (+1.00 points of accuracy), and no interval"),
     ],
 )
 @pytest.mark.usefixtures("no_figures")
@@ -895,7 +961,7 @@ def test_counts_begin_at_zero_and_what_is_not_zero_is_drawn_only_where_it_differ
         history = [{"rank_total": k, "rank_nonzero": n, "remaining": 1, "effective_rank": 1, "step": k}
                    for k, n in zip((9, 5), nonzero, strict=True)]  # fmt: skip
         runs = {"adalora": [Run(tmp_path / "none", {"history": history})]}
-        drawing._draw_lines(folder, "rte", "rte", runs, "accuracy", "accuracy (%)", None)
+        drawing._draw_lines(folder, "rte", "rte", runs, "accuracy", "accuracy (%)", None, "the validation rows")
         panels, _, title, *_ = drawn["budget_rte"]
         assert list(next(iter(panels.values()))) == names and ("dotted" in title) == (len(names) > 1)
 

@@ -88,12 +88,13 @@ def test_only_figures_of_the_report_are_put_in() -> None:
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
-    ("sora", "bold"), [((0.9, 0.91, 0.93), "sora"), ((0.9, 0.91, 0.52), None), ((0.9, 0.91), None)]
+    ("sora", "bold"),
+    [((0.9, 0.91, 0.93), "sora"), ((0.9, 0.91, 0.52), None), ((0.9, 0.91), None), ((0.9, 0.91, 0.92), None)],
 )
 def test_latex_is_bold_where_the_paired_intervals_say_so(
     tmp_path: Path, sora: tuple[float, ...], bold: str | None
 ) -> None:
-    for seed, (lora, full) in enumerate(((0.5, 0.6), (0.51, 0.6), (0.53, 0.6))):
+    for seed, (lora, full) in enumerate(((0.5, 0.6), (0.51, 0.6), (0.52, 0.6))):
         make_run(tmp_path / "lora" / f"{seed}", "lora", seed=seed, accuracies=[lora])
         make_run(tmp_path / "full" / f"{seed}", "full", seed=seed, accuracies=[full])
     for seed, score in enumerate(sora):
@@ -101,7 +102,7 @@ def test_latex_is_bold_where_the_paired_intervals_say_so(
     text_of(tmp_path)
     text = (tmp_path / "report.tex").read_text()
     assert re.findall(r"(\S+) & \\textbf", text) == ([bold] if bold else [])
-    assert r"lora & 51.33$_{\pm 1.53}$" in text and text.count(r"\\") == 5
+    assert r"lora & 51.00$_{\pm 1.00}$" in text and text.count(r"\\") == 5
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
     assert ("over 3 seeds" in text) == (len(sora) == 3)
 

@@ -447,7 +447,7 @@ def test_a_cluster_that_vanishes_costs_no_run_its_retry(
     ray = DyingRay(list(lives), {seed: list(found) for seed, found in statuses.items()})
     monkeypatch.setattr(dispatch, "Cluster", lambda address: ray)
     monkeypatch.setattr(dispatch, "PAUSE", 0.0)
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     argv = ["--tasks", "rte", "--methods", str(entry), "--seeds", "1-5", "--output", str(tmp_path / "out"),
             "--wait_for_cluster", "0"]  # fmt: skip
     assert command.main(argv) == code
@@ -490,7 +490,7 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, values: s
     entry.write_text("")
     ray = ScoringRay([99, 99], {})
     monkeypatch.setattr(dispatch, "Cluster", lambda address: ray)
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     argv = ["--tasks", "rte", "--methods", f"a={entry},b={entry}", "--tune", f"learning_rate={values}",
             "--tune_seeds", "1,2", "--seeds", "5-6", "--output", str(tmp_path / "out"), *flags]  # fmt: skip
     return command.main(argv), ray

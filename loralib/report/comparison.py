@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+EQUAL = 1e-9  # half width of an interval below which all differences are the same number, apart from rounding
+
 
 def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> tuple[int, float, float]:
     """Number of common seeds, mean difference, and half width of its 95 % interval by the t distribution.
@@ -21,17 +23,14 @@ def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> tuple[int,
 
 
 def p_value(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> float:
-    """Two-sided p of the paired t test; NaN below 3 pairs, 1 where all differences are 0."""
+    """Two-sided p of the paired t test; NaN below 3 pairs, and where all differences are equal: there is no test."""
     from scipy import stats
 
     differences = _differences(ours, theirs)
-    n = len(differences)
-    if n < 3:
+    n, mean, half = paired(ours, theirs)
+    if n < 3 or half < EQUAL:
         return float("nan")
-    deviation = differences.std(ddof=1)
-    if deviation == 0:
-        return 0.0 if differences.mean() else 1.0
-    return float(2 * stats.t.sf(abs(differences.mean()) / (deviation / np.sqrt(n)), n - 1))
+    return float(2 * stats.t.sf(abs(mean) / (differences.std(ddof=1) / np.sqrt(n)), n - 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:

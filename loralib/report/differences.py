@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from loralib.report.comparison import holm, p_value, paired, verdict
-from loralib.report.runs import SMALLER_IS_BETTER, brief
+from loralib.report.comparison import EQUAL, holm, p_value, paired, verdict
+from loralib.report.runs import SMALLER_IS_BETTER, Run, brief
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, scores, table
 
 NO_LORA = "no LoRA run has these seeds and this grid point"
@@ -39,7 +39,7 @@ class Comparison:
     @property
     def alike(self) -> bool:
         """Whether all differences are equal, as between runs that learned nothing: they have no interval."""
-        return self.comparable and self.n >= 3 and self.half < 1e-9
+        return self.comparable and self.n >= 3 and self.half < EQUAL
 
     @property
     def interval(self) -> str:
@@ -50,11 +50,12 @@ class Comparison:
         if self.alike:
             return "nothing can be said: all differences are equal"
         if self.comparable:
-            return verdict(self.n, self.mean, self.half)
+            found = verdict(self.n, self.mean, self.half)
+            return f"{found}, a hint" if found in ("higher", "lower") and self.p >= 0.05 else found
         return f"not compared: {'; '.join(self.mismatches)}" if self.n else NO_LORA
 
 
-def comparisons(runs: pd.DataFrame) -> list[Comparison]:
+def comparisons(runs: pd.DataFrame, selection: str) -> list[Comparison]:
     """Every method but LoRA against LoRA; p is corrected for their number (Holm)."""
     found = []
     for task, name, part in by_method(runs):
@@ -63,13 +64,14 @@ def comparisons(runs: pd.DataFrame) -> list[Comparison]:
             continue
         lora = baseline(runs, task, part["variant"].iloc[0])
         ours, theirs = scores(part, metrics[0]), scores(lora, metrics[0])
-        one = Comparison(task, name, metrics[0], *paired(ours, theirs), float("nan"), unlike_settings(part, lora))
+        one = Comparison(task, name, metrics[0], *paired(ours, theirs), float("nan"),
+                         unlike_settings(part, lora, selection))  # fmt: skip
         found.append(replace(one, p=p_value(ours, theirs)) if one.comparable else one)
     corrected = holm([one.p for one in found])
     return [replace(one, p=p) for one, p in zip(found, corrected, strict=True)]
 
 
-def clear_best(runs: pd.DataFrame, metric: str) -> str | None:
+def clear_best(runs: pd.DataFrame, metric: str, selection: str) -> str | None:
     """The method of one task that is better than every other one by the paired 95 % interval; None if there is none.
 
     There is none either if two methods have fewer than three common seeds, or differ in more than the method.
@@ -79,7 +81,8 @@ def clear_best(runs: pd.DataFrame, metric: str) -> str | None:
 
     def beats(name: str, other: str) -> bool:
         n, mean, half = paired(scores(parts[name], metric), scores(parts[other], metric))
-        return n >= 3 and sign * mean > half and not unlike_settings(parts[name], parts[other])
+        alike = unlike_settings(parts[name], parts[other], selection)
+        return n >= 3 and half >= EQUAL and sign * mean > half and not alike
 
     clear = [name for name in parts if all(beats(name, other) for other in parts if other != name)]
     return clear[0] if clear and len(parts) > 1 else None
@@ -143,6 +146,8 @@ def baseline(runs: pd.DataFrame, task: str, variant: str) -> pd.DataFrame:
 # Runs are paired only if these agree; otherwise a difference says nothing about the method.
 TO_AGREE = (
     "model_name_or_path",
+    "train_file",
+    "validation_file",
     "max_train_samples",
     "max_eval_samples",
     "heldout_split",
@@ -151,17 +156,34 @@ TO_AGREE = (
 )
 
 
-def unlike_settings(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[str]:
-    """Settings in which two methods' runs differ, though a comparison needs them alike; with both values."""
+def unlike_settings(ours: pd.DataFrame, theirs: pd.DataFrame, selection: str) -> list[str]:
+    """Settings in which the runs of a pair differ, though a comparison needs them alike; with both values.
 
-    def values(runs: pd.DataFrame, name: str) -> set[str]:
-        return {brief(run.arguments[name]) for run in runs["run"] if name in run.arguments}
+    Args:
+        selection: if it chooses among the evaluations of a run, their spacing must agree, too.
+    """
+    first, second = (
+        {run.seed: _to_agree(run, selection) for run in runs["run"]}  # of one seed, the last run counts
+        for runs in (ours, theirs)
+    )
+    differ: dict[str, list[tuple[str, str]]] = {}
+    for seed in first.keys() & second.keys():
+        for name in first[seed]:
+            one, other = first[seed][name], second[seed].get(name, first[seed][name])
+            if one != other:
+                differ.setdefault(name, []).append((one, other))
+    sides = {
+        name: [", ".join(sorted(set(side))) for side in zip(*values, strict=True)] for name, values in differ.items()
+    }
+    return [f"{name} {one} against {other}" for name, (one, other) in sorted(sides.items())]
 
-    def rows_of(runs: pd.DataFrame, kind: str) -> set[str]:
-        return {f"{run.data.get('metrics', {}).get(f'{kind}_samples', '?')}" for run in runs["run"]} - {"?"}
 
-    found = [(name, values(ours, name), values(theirs, name)) for name in TO_AGREE]
-    found += [(f"{kind} rows", rows_of(ours, kind), rows_of(theirs, kind)) for kind in ("train", "eval")]
-    return [
-        f"{name} {', '.join(sorted(a))} against {', '.join(sorted(b))}" for name, a, b in found if a and b and a != b
-    ]
+def _to_agree(run: Run, selection: str) -> dict[str, str]:
+    """What the other run of a pair must have, too, as far as the record has it."""
+    found = {name: brief(run.arguments[name]) for name in TO_AGREE if name in run.arguments}
+    counts = run.data.get("metrics", {})
+    found |= {f"{k} rows": f"{counts[f'{k}_samples']}" for k in ("train", "eval") if f"{k}_samples" in counts}
+    found["trainings in a row"] = str(max(1, len(run.data.get("stages", []))))
+    if selection != "last" and run.evaluated_each:
+        found["evaluations each"] = run.evaluated_each
+    return found

@@ -17,6 +17,7 @@ from loralib.report.style import FEWEST_SEEDS, NONZERO
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, percent, scores
 from loralib.report.tuning import best_of_trials, scores_by_value, trial_scores, tuning_seeds
 
+ROWS = {"heldout": "the half of the validation rows that chooses; the scores are those of the other half"}
 MOST_LINES = 12  # of one panel; a task with more of them has one figure per method
 
 
@@ -88,15 +89,15 @@ def draw(
             if (baseline := one_class_score(part, metrics[0], selection)) is not None:
                 one_class[task] = baseline
             panels[task] = (label, {name: found for name, found in values.items() if found})
-        _draw_task(folder, task, mine, metrics[0], label, one_class.get(task))
+        _draw_task(folder, task, mine, metrics[0], label, selection)
     if panels:
         folder.save("comparison", figures.comparison, panels, f"Scores, selection: {selection}", one_class)
     if tuned is not None:
-        _draw_tuning(folder, tuned)
+        _draw_tuning(folder, tuned, ROWS.get(selection, "the validation rows"))
     return folder.made, folder.problems
 
 
-def _draw_tuning(folder: Folder, tuned: Mapping[str, Any]) -> None:
+def _draw_tuning(folder: Folder, tuned: Mapping[str, Any], rows: str) -> None:
     for task in dict.fromkeys(choice["task"] for choice in tuned["choices"]):
         choices = {choice["method"]: choice for choice in tuned["choices"] if choice["task"] == task}
         metric = next(iter(choices.values()))["metric"]
@@ -117,29 +118,33 @@ def _draw_tuning(folder: Folder, tuned: Mapping[str, Any]) -> None:
             f"{task}: trials with {tuning_seeds(tuned)}; a dot is a trial, "
             "a line joins their means, a ring marks the chosen value, a cross below is a trial without a score"
             + ("; other tuned flags have their chosen values" if len(flags) > 1 else "")
+            + f"; on {rows}"
         )
         folder.save(f"tuning_{task}", figures.tuning, flags, chosen, best, label, title)
 
 
 def _draw_task(
-    folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metric: str, label: str, one_class: float | None
+    folder: Folder, task: str, mine: Mapping[str, pd.DataFrame], metric: str, label: str, selection: str
 ) -> None:
-    """The figures of one task; `one_class`: the score of answering one class for every row."""
+    """The figures of one task."""
+    every = pd.concat(mine.values())
+    reported, choosing = (one_class_score(every, metric, which) for which in (selection, "best"))
+    rows = ROWS.get(selection, "the validation rows")
     runs = {name: list(of["run"]) for name, of in mine.items()}
     for part, some in _parts(mine).items():
         _draw_lines(folder, f"{task}_{part}" if part else task, f"{task}, {part}" if part else task,
-                    {name: runs[name] for name in some}, metric, label, one_class)  # fmt: skip
+                    {name: runs[name] for name in some}, metric, label, choosing, rows)  # fmt: skip
     points = frontier_points(mine, metric)
     if len({x for values in points.values() for x, _, _ in values}) > 1:
         title = f"{task}: score against the parameters that remain; {_over_seeds(runs, 'bar')}"
         if unknown := [name for name in mine if name not in points and mine[name]["method"].iloc[0] not in points]:
             title += f"; without a known number of them, and so not here: {', '.join(unknown)}"
-        folder.save(f"frontier_{task}", figures.frontier, points, label, title, one_class)
+        folder.save(f"frontier_{task}", figures.frontier, points, label, title, reported)
     for name, of in runs.items():
         stages = {str(run.seed): run.data["stages"] for run in of if run.data.get("stages")}
         if stages and len(stages) == len(of):
             folder.save(f"lambda_{task}_{name}", figures.stages, stages, f"eval_{metric}", label, f"{task}, {name}")
-        _draw_ranks(folder, task, name, of, metric, label)
+        _draw_ranks(folder, task, name, of, metric, label, rows)
 
 
 def _parts(mine: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
@@ -160,8 +165,14 @@ def _draw_lines(
     metric: str,
     label: str,
     one_class: float | None,
+    rows: str,
 ) -> None:
-    """Learning curves, budgets and spectra; `name` of the files, `what` for the titles."""
+    """Learning curves, budgets and spectra.
+
+    Args:
+        name: of the files. what: the same for the titles.
+        one_class: score of answering one class for every row. rows: the rows of the evaluations, in words.
+    """
 
     def lines(key: str, factor: float, x: str) -> dict[str, figures.Band]:
         found = {name: band(of, key, x, factor) for name, of in runs.items()}
@@ -170,7 +181,7 @@ def _draw_lines(
     learning = {label: lines(f"eval_{metric}", 1 if metric in SMALLER_IS_BETTER else 100, "epoch"),
                 "validation loss": lines("eval_loss", 1, "epoch")}  # fmt: skip
     if all(learning.values()):
-        title = f"{what}: score and loss on the validation rows; {_over_seeds(runs)}"
+        title = f"{what}: score and loss; {_over_seeds(runs)}; on {rows}"
         baseline = {} if one_class is None else {label: one_class}
         folder.save(f"curves_{name}", figures.curves, learning, "epoch", title, baseline)
     kept = lines("rank_total", 1, "step")
@@ -226,7 +237,7 @@ def frontier_points(
     return points
 
 
-def _draw_ranks(folder: Folder, task: str, name: str, runs: Sequence[Run], metric: str, label: str) -> None:
+def _draw_ranks(folder: Folder, task: str, name: str, runs: Sequence[Run], metric: str, label: str, rows: str) -> None:
     ranks = pd.DataFrame([run.ranks for run in runs], dtype=float)  # (runs, modules)
     pruned = any(len(set(run.ranks.values())) > 1 for run in runs)
     if ranks.empty or not (runs[0].method in ("adalora", "sora") or pruned):
@@ -238,7 +249,7 @@ def _draw_ranks(folder: Folder, task: str, name: str, runs: Sequence[Run], metri
              "ranks kept, all matrices": band(runs, "rank_total", "step", 1)}  # fmt: skip
     lines = {quantity: line for quantity, line in found.items() if line is not None}
     title = f"{task}, {name}: rank left of each matrix, of {most:.0f}"
-    title += f", and validation score and ranks over training; {_over_seeds({name: runs})}" if lines else ""
+    title += f", and score and ranks over training; {_over_seeds({name: runs})}; score on {rows}" if lines else ""
     folder.save(f"ranks_{task}_{name}", figures.rank_heatmap, mean, title, most, lines, name)
 
 

@@ -37,7 +37,7 @@ def latex_table(runs: pd.DataFrame, selection: str, models: str) -> str:
         {n for (task, _), part in groups.items() if task in tasks and (n := len(scores(part, tasks[task][0])))}
     )
     best = {
-        (task, metric): clear_best(runs[runs["task"] == task], metric)
+        (task, metric): clear_best(runs[runs["task"] == task], metric, selection)
         for task, metrics in tasks.items()
         for metric in metrics
     }

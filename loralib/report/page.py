@@ -87,7 +87,7 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None,
     out.mkdir(parents=True, exist_ok=True)
     runs = frame(finals, selection)
     made, problems = draw(runs, selection, out, tuning)
-    parts = ["# Results", *_results(runs, selection), *_tuned(tuning, found, len(found) - len(finals))]
+    parts = ["# Results", *_results(runs, selection), *_tuned(tuning, found, finals, selection)]
     parts += [*_costs(runs), *_origin(found), *_beside(runs, selection, published)]
     if others:
         lines = (f"- {code(str(folder.relative_to(root)))}: {escape(reason)}" for folder, reason in others)
@@ -153,13 +153,13 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     twice = runs[runs.duplicated(["task", "name", "seed"])][["task", "name"]].drop_duplicates()
     if len(twice):
         named = escape("; ".join(f"{row.task}, {row.name}" for row in twice.itertuples(index=False)))
-        parts.append(f"Some seeds have several runs; the one whose folder sorts last is used: {named}.")
+        parts.append(f"Some seeds have several runs; the last one is used, in the order of folders or lines: {named}.")
     lacking = sum(not run.chosen(selection) for run in runs["run"])
     if lacking:
         flag = "--heldout_split SEED" if selection == "heldout" else "--eval_strategy epoch"
         parts.append(f"{lacking} runs have no evaluation for this selection (run them with {flag}).")
     parts += _one_class(runs) + _over_budget(runs, selection)
-    found = comparisons(runs)
+    found = comparisons(runs, selection)
     if found:
         text = (
             "On the same seeds, in points of the task's first metric; the interval is the paired 95 % interval of the "
@@ -201,7 +201,7 @@ def _over_budget(runs: pd.DataFrame, selection: str) -> list[str]:
     return parts
 
 
-def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], trials: int) -> list[str]:
+def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], finals: Sequence[Run], selection: str) -> list[str]:
     """The sections about a tuning as Markdown; nothing without one."""
     if tuning is None:
         return []
@@ -209,10 +209,14 @@ def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], trials: int) -
     fair = "Each method had the same number of trials." if equal else (
         "**The methods had different numbers of trials**: the best of more trials is better by chance."
     )  # fmt: skip
+    which = "best evaluation" if tuning["selection"] == "best" else "evaluation at the end"
+    rows = {
+        "heldout": "on the half of the validation rows that is not reported above",
+    }.get(selection, "**on the rows that are reported above**, which favours methods with many trials")
     text = (
-        f"The results above use the values below and seeds that were not used for tuning. {trials} trials and runs "
-        f"with other values are left out. A value was chosen by the mean score of its trials with the "
-        f"{tuning_seeds(tuning)}. {fair}"
+        "The results above use the values below and seeds that were not used for tuning. "
+        f"{len(runs) - len(finals)} trials and runs with other values are left out. A value was chosen by the mean "
+        f"score of its trials with the {tuning_seeds(tuning)}: that of the {which} of each trial, {rows}. {fair}"
     )
     expected = (
         "The mean score of the best of k trials, over all subsets of k trials. A trial without a score counts with the "
@@ -221,6 +225,13 @@ def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], trials: int) -
     parts = ["## Chosen values", text, chosen_table(tuning)]
     waiting = Counter(run.task for run in open_trials(runs, tuning))
     parts += [f"On {escape(task)} nothing is chosen yet; trials finished so far: {n}." for task, n in waiting.items()]
+    there = {(run.task, run.arm) for run in finals}
+    lacking = [f"{c['task']}, {c['method']}" for c in tuning["choices"] if (c["task"], c["method"]) not in there]
+    if lacking:
+        parts.append(f"No final run with the chosen values is finished yet: {escape('; '.join(lacking))}.")
+    over = [f"{c['task']}, {c['method']}" for c in tuning["choices"] if any("over_budget" in s for s in c["scores"])]
+    if over:
+        parts.append(f"Some trials were scored above AdaLoRA's target budget: {escape('; '.join(over))}.")
     return [*parts, "## Expected best score against the number of trials", expected, expected_table(tuning)]
 
 
@@ -234,7 +245,8 @@ def _costs(runs: pd.DataFrame) -> list[str]:
         "- seconds: wall time of all processes of a run; an earlier process counts up to the checkpoint that was "
         "resumed.\n"
         f"- peak MB: the most memory in use, {escape(' or '.join(_measured(runs)) or 'not recorded')}.\n"
-        "- evaluated rows/s: the speed of the last evaluation."
+        "- evaluated rows/s: the speed of the last evaluation.\n"
+        "- hours: the sum of the seconds of these n runs, without trials."
     )
     parts = ["## Cost", text, cost_table(runs)]
     schedule = stage_table(list(runs["run"]))

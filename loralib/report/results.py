@@ -32,6 +32,7 @@ RESULTS: Any = {
     "one_class": {"*": 0.0},
     "total_rank": None,
     "target_total_rank": None,
+    "earlier_stages": [{"steps": 0, "history": [{"*": 0.0, "epoch": None}]}],
     "stages": [{"lambda": 0.0, "remaining": 0, "steps": 0, "metrics": {"*": 0.0}}],
 }
 

@@ -1,6 +1,7 @@
 """Finished runs from their results files, and the reason why any other folder does not count."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,10 @@ class Run:
     stages: Sequence[Mapping[str, Any]] = field(default_factory=list)
     variant: str = ""
     label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.stages:  # a compact record holds those of its folder
+            self.stages = self.data.get("earlier_stages", [])
 
     @property
     def task(self) -> str:
@@ -130,7 +135,9 @@ class Run:
         if not self.metrics:
             return None
         key, prefix = f"eval_{self.metrics[0]}", "heldout_" if selection == "heldout" else "eval_"
-        scored = [e for e in self.evaluations if key in e and f"{prefix}{self.metrics[0]}" in e]
+        scored = [
+            e for e in self.evaluations if _is_number(e.get(key)) and _is_number(e.get(f"{prefix}{self.metrics[0]}"))
+        ]
         scored = [e for e in scored if self._at_target(e)] or scored
         sign = -1 if self.metrics[0] in SMALLER_IS_BETTER else 1
         return max(scored, key=lambda e: sign * e[key], default=None)
@@ -191,6 +198,12 @@ class Run:
         return sum(record.get("steps") or 0 for record in [*self.stages, self.data])
 
     @property
+    def evaluated_each(self) -> str:
+        """How often the run was evaluated; "" if the record does not have it."""
+        strategy = self.arguments.get("eval_strategy")
+        return f"{self.arguments.get('eval_steps')} steps" if strategy == "steps" else str(strategy or "")
+
+    @property
     def seconds(self) -> float | None:
         """Wall time of all processes of the run; only of the last one if the record lacks the others."""
         return self.data.get("total_seconds", self.data.get("wall_seconds"))
@@ -206,8 +219,12 @@ class Run:
 
 
 def named(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers whose names begin with `prefix`, without it."""
-    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix) and isinstance(v, int | float)}
+    """The numbers whose names begin with `prefix`, without it; NaN is no number."""
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix) and _is_number(v)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _nonzero(evaluation: Mapping[str, Any]) -> int | None:

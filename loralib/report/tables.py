@@ -155,12 +155,13 @@ def cost_table(runs: pd.DataFrame) -> str:
     columns = ["trained", "remaining", "head", "steps", "seconds", "peak_mb", "rows_per_second"]
     rows = []
     for task, name, part in by_method(runs):
+        part = part.drop_duplicates("seed", keep="last")  # as in the table of scores
         known = part.assign(trained=pd.to_numeric(part["trainable"]) - pd.to_numeric(part["head"]).fillna(0))
         hours = pd.to_numeric(part["seconds"]).sum() / 3600
         cells = [average(known[column]) for column in columns]
         rows.append([escape(f"{task}, {name}"), str(len(part)), *cells, f"{hours:.2f}"])
     header = ["task, method", "n", "trained", "remaining", "head", "steps", "seconds", "peak MB", "evaluated rows/s",
-              "hours, all runs"]  # fmt: skip
+              "hours"]  # fmt: skip
     return table(header, rows)
 
 

@@ -18,7 +18,8 @@ from loralib.sweep.settings import PLACES, WITHOUT_NUMBERS, RequestedRun, differ
 DONE = ("finished", "diverged")  # a diverged run is done, because with the same flags it would diverge again
 KEPT = ("version", "status", "method", "task", "seed", "commit", "versions", "hardware", "world_size",
         "effective_batch", "steps", "metrics", "wall_seconds", "total_seconds", "peak_memory",
-        "evaluation_rows_per_second", "heldout", "one_class", "stages", "total_rank", "target_total_rank")  # fmt: skip
+        "evaluation_rows_per_second", "heldout", "one_class", "stages", "earlier_stages", "total_rank",
+        "target_total_rank")  # fmt: skip
 COUNTS = ("trainable", "total", "lora", "head", "remaining")
 
 
@@ -32,7 +33,12 @@ def read_result(file: Path) -> dict[str, Any] | None:
     if not os.path.exists(file):
         return None
     run = find_json(file) or {}
-    return run if isinstance(run.get("arguments"), dict) and isinstance(run.get("metrics"), dict) else {}
+    if not isinstance(run.get("arguments"), dict) or not isinstance(run.get("metrics"), dict):
+        return {}
+    if stages := run.get("stages"):  # a schedule: the evaluations of all its trainings are the run's
+        before = [find_json(Path(file).parent / f"stage-{k}" / "run.json") or {} for k in range(len(stages) - 1)]
+        run["earlier_stages"] = [{"steps": one.get("steps", 0), "history": _evaluations(one)} for one in before if one]
+    return run
 
 
 def status(job: Job) -> str:
@@ -80,14 +86,17 @@ def compact(run: Mapping[str, Any], arm: str | None = None) -> dict[str, Any]:
         )
         if len(set(ranks.values())) > 1 or 0 in ranks.values():  # pruned; else the rank is lora_r everywhere
             record["parameters"]["modules"] = {name: {"rank": rank} for name, rank in ranks.items()}
-    history = run.get("history")
-    watched = ("eval_", "heldout_", "rank_total")
-    record["history"] = [
+    return record | {"history": _evaluations(run)}
+
+
+def _evaluations(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a run's history that hold an evaluation, without their times."""
+    history, watched = run.get("history"), ("eval_", "heldout_", "rank_total")
+    return [
         {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second"))}
         for entry in (history if isinstance(history, list) else [])
         if isinstance(entry, dict) and any(key.startswith(watched) for key in entry)
     ]
-    return record
 
 
 class ResultsFile:
