@@ -24,10 +24,19 @@
 # - --heldout_split 0 and --tune_selection best: the best evaluation on one half of the development set chooses learning
 #   rate and epoch, and the other half is reported (report.py --selection heldout).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-TASKS="${TASKS:-cola,stsb}"
+TASKS="${TASKS:-cola,stsb}" status=0
 : "${MODEL:?give the folder of the pretrained model}" "${DATA:?give the folder with the tasks}"
+for folder in "$MODEL" "$DATA"; do
+    [[ -d "$folder" ]] || { echo "comparison.sh: error: there is no folder $folder: MODEL and DATA must be folders" >&2 && exit 2; }
+done
+MODEL="$(cd "$MODEL" && pwd)" DATA="$(cd "$DATA" && pwd)" # they may be relative to where this is started
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export MODEL DATA OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+for task in ${TASKS//,/ }; do
+    [[ " cola stsb mrpc rte " == *" $task "* ]] && continue
+    echo "comparison.sh: error: TASKS has $task, it must be of cola, stsb, mrpc and rte: for another task add a line below" >&2
+    exit 2
+done
 
 low="--apply_lora --lora_alpha 16"
 methods="lora=AdaLoRA/run_glue.py:$low --lora_type frd --lora_r 8"
@@ -39,7 +48,7 @@ methods+=",full=AdaLoRA/run_glue.py"
 methods+=",peft-lora=tests/variants/peft_glue.py:--peft lora $low --lora_r 8"
 methods+=",peft-adalora=tests/variants/peft_glue.py:--peft adalora $low --lora_r 12 --target_rank 8 --mask_interval 1"
 
-# A task is done, with its final runs, before the next one begins.
+# A task is done, with its final runs, before the next one begins. Failed and diverged runs (status 1) do not stop it.
 for task in ${TASKS//,/ }; do
     rates=3e-4,1e-3,3e-3 full_rates=2e-5,5e-5,1e-4
     case "$task" in
@@ -48,7 +57,6 @@ for task in ${TASKS//,/ }; do
             rates+=,1e-2 full_rates+=,3e-4 ;;
         mrpc) budget="--reg_orth_coef 0.1 --init_warmup 60 --final_warmup 180" threshold=1.94e-3 ;;
         rte) budget="--reg_orth_coef 0.3 --init_warmup 36 --final_warmup 108" threshold=2.86e-3 ;;
-        *) echo "comparison.sh: TASKS has $task, it must be of cola, stsb, mrpc and rte: for another task add a line here" >&2 && exit 2 ;;
     esac
     "${PYTHON:-python}" scripts/sweep.py --tasks "$task" --methods "$methods" \
         --tune "learning_rate=$rates" --tune_only "full:learning_rate=$full_rates" --tune_seeds 1 --seeds 2-4 \
@@ -57,5 +65,7 @@ for task in ${TASKS//,/ }; do
         --output "output/comparison-$task" --results scripts/results/comparison.jsonl --cpus_per_run 1 --gpus_per_run 0 \
         --use_cpu --bf16 --eval_strategy epoch --num_train_epochs 3 --per_device_train_batch_size 32 \
         --per_device_eval_batch_size 64 --train_sampling_strategy group_by_length --warmup_ratio 0.06 --max_seq_length 128 \
-        --padding longest --heldout_split 0 --logging_steps 50 --save_strategy epoch --save_total_limit 1 --report_to none "$@"
+        --padding longest --heldout_split 0 --logging_steps 50 --save_strategy epoch --save_total_limit 1 --report_to none "$@" ||
+        { status=$? && [[ $status == 1 ]] || exit $status; }
 done
+exit $status

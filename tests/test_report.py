@@ -537,7 +537,7 @@ def test_a_results_file_gives_the_report_of_its_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
+def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(method: str, value: float, seed: int, score: float) -> None:
         arguments = {"seed": seed, "learning_rate": value, "model_name_or_path": "m"}
         folder = tmp_path / "rte" / f"{method},learning_rate={value}" / f"seed{seed}"
@@ -585,6 +585,14 @@ def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
     (tmp_path / "alone" / "all.tuning.json").write_text(json.dumps(tuned))
     assert report.main([str(tmp_path / "alone" / "all.jsonl"), "--out", str(tmp_path / "alone")]) == 0
     assert (tmp_path / "alone" / "report.md").read_text().split("## Cost")[0] == tables
+    (tmp_path / "alone" / "all.tuning.json").unlink()  # a copy without it
+    records = [
+        json.loads(line) | {"trial": True} for line in (tmp_path / "alone" / "all.jsonl").read_text().splitlines()
+    ]
+    (tmp_path / "alone" / "all.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert report.main([str(tmp_path / "alone" / "all.jsonl")]) == 2
+    assert "copy the file all.tuning.json from beside the original" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "alone")
     page = tmp_path / "page.md"
     page.write_text("Before.\n\n<!-- report: Chosen values -->\nold\n<!-- end of report -->\n\nAfter.\n")
     assert report.main([str(tmp_path), "--page", str(page)]) == 0
@@ -593,6 +601,25 @@ def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path) -> None:
     assert page.read_text() == filled
     page.write_text("<!-- report: Choices -->\nold\n<!-- end of report -->\n")
     assert report.main([str(tmp_path), "--page", str(page)]) == 2 and "old" in page.read_text()
+    page.unlink()
+
+    # the folder of a task, and one that holds several sweeps
+    scores = tables.split("## Scores")[1].split("\n\n## ")[0]
+    assert scores in text_of(tmp_path / "rte")
+    base = tmp_path.parent / "several"
+    for name in ("first", "second"):
+        shutil.copytree(tmp_path, base / name)
+    assert report.main([str(base)]) == 2 and "both have a choice for rte, lora" in capsys.readouterr().err
+    for file in (base / "second").rglob("run.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"task": "qnli"}))
+    for choice in choices:
+        choice["task"] = "qnli"
+    (base / "second" / "tuning.json").write_text(json.dumps(tuned))
+    text = text_of(base)
+    assert "| lora | 90.00 ± 0.00 (n=3) | 90.00 ± 0.00 (n=3) |" in text and "8 trials and runs with other" in text
+    for folder in tmp_path.rglob("seed[234]"):  # before the first final run
+        shutil.rmtree(folder)
+    assert "No final run with the chosen values is finished yet: rte, lora; rte, sora." in text_of(tmp_path)
     (tmp_path / "tuning.json").write_text("{")
     assert report.main([str(tmp_path)]) == 2
 

@@ -20,9 +20,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from loralib.errors import InputError
+from loralib.report.runs import read
+from loralib.report.tuning import final_runs, open_trials, read_tuning
 from loralib.sweep import asking, command, dispatch, guard, plan, records, settings
+from loralib.sweep import tune as tune_module
 from loralib.sweep.cluster import Cluster, resources
 from loralib.sweep.dispatch import Progress
+from loralib.sweep.records import Done, ResultsFile
+from loralib.sweep.settings import RequestedRun
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "scripts" / "sweep.py"
@@ -476,7 +481,7 @@ class ScoringRay(DyingRay):
 
     def result(self, run: dict[str, Any], folder: Path) -> dict[str, Any]:
         method, _, value = folder.parent.name.partition(",learning_rate=")
-        score = SCORES[method][value]
+        score = {float(known): score for known, score in SCORES[method].items()}[float(value)]
         seed = run["arguments"]["seed"]
         run["arguments"]["learning_rate"] = float(value)
         if score is None:
@@ -554,6 +559,11 @@ def test_a_tuning_of_another_task_keeps_earlier_choices(
         (["--tune_only", "a:lora_r=2,4"], "different numbers of trials per task (a 12, b 6)"),
         (["--tune_only", "c:lora_r=2,4"], "--tune_only 'c:lora_r=2,4' cannot be read"),
         (["--grid", "lora_r=2,4"], "--grid and --tune exclude each other"),
+        (["--seeds", "5,5"], "--seeds is 5,5: name at least one seed, and each seed once"),
+        (["--seeds", "6-5"], "--seeds is empty"),
+        (["--tune", "learning_rate=.001"], "--tune learning_rate has one value twice, as 1e-3 and as .001"),
+        (["--tune", "seed=3,4"], "--seed is set by the sweep"),
+        (["--only", "a:--lora_r 4 --output_dir x"], "--output_dir is set by the sweep"),
     ],
 )
 def test_tuning_that_is_not_fair_is_refused(
@@ -577,6 +587,99 @@ def test_grids_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert refused == 2
     code, ray = tune(tmp_path / "other", monkeypatch, "--tune_only", "b:learning_rate=2e-3", "--unequal_trials")
     assert code == 0 and len(ray.started) == 6 + 2 + 4
+
+
+def test_values_of_one_flag_may_stand_in_several_entries() -> None:
+    assert plan.read_grid(["learning_rate=1e-3", "lora_r=2", "learning-rate=3e-3"], "--tune") == {
+        "learning_rate": ["1e-3", "3e-3"], "lora_r": ["2"],
+    }  # fmt: skip
+
+
+def test_a_tuning_is_on_record_before_its_first_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No report takes a trial for a result, and no value that was tried can be left out."""
+    results, out = tmp_path / "r.jsonl", tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # Ctrl-C before it
+        assert tune(tmp_path, patch, "--results", str(results))[0] == 130
+    for root in (out, out / "rte", results):
+        found, _ = read(root)
+        record = read_tuning(root)
+        assert record and len(found) == 10 and not final_runs(found, record) and len(open_trials(found, record)) == 10
+    capsys.readouterr()
+    for where in (["--output", str(out)], ["--output", str(tmp_path / "new"), "--results", str(results)]):
+        assert tune(tmp_path, monkeypatch, *where, values="1e-3,2e-3")[0] == 2
+        assert "holds trials of a with learning_rate 4e-3, which --tune does not name" in capsys.readouterr().err
+    code, _ = tune(tmp_path, monkeypatch, "--results", str(results), values="0.001,2e-3,4e-3")  # a spelling
+    assert code == 0
+    record = json.loads((out / "tuning.json").read_text())
+    assert record["open"] == [] and len(record["choices"]) == 2
+
+
+def test_a_choice_is_known_by_parsed_flags(parsed_here: None, tmp_path: Path) -> None:
+    """An abbreviation, and a flag that is recorded under another name."""
+    for typed, values, arguments in (
+        ("learning_ra", ("1e-3", "3e-3"), {"learning_rate": 3e-3}),
+        ("warmup_ratio", ("0.1", "0.06"), {"warmup_steps": 0.06}),
+        ("lora_r", ("4",), {"lora_r": 4}),
+    ):
+        argv = ["--tasks", "rte", "--methods", "lora", "--tune", f"{typed}={','.join(values)}", "--tune_seeds", "1",
+                "--seeds", "2", "--output", str(tmp_path)]  # fmt: skip
+        planned = tune_module.plan_tuning(*command.make_parser().parse_known_args(argv))
+        asked = asking.ask(list(planned.trials.values()))
+        found = tune_module._decisive(planned, "rte", planned.arms[0], ((typed, values[-1]),), asked)
+        assert found == {"arguments": arguments}
+
+
+def test_another_name_for_the_same_settings_has_its_own_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "r.jsonl"
+    tune(tmp_path, monkeypatch, "--results", str(results))
+    records = list(map(json.loads, results.read_text().splitlines()))
+    assert [r["arm"] for r in records].count("a") == 8 and sum(r.get("trial", False) for r in records) == 12
+    asked = RequestedRun("rte", 5, "c", None, "x/mine.py", {}, {}, frozenset(), None)
+    done, job = Done(ResultsFile(results), []), jobs("--tasks", "rte", "--methods", "lora", "--seeds", "5")[0]
+    for record in done.results.records:  # type: ignore[union-attr]
+        record.pop("entry")
+    assert done.find_or_add(job, asked)
+    last = json.loads(results.read_text().splitlines()[-1])
+    assert last["arm"] == "c" and last["arguments"]["seed"] == 5
+
+
+def test_like_stands_before_the_shared_flags() -> None:
+    entry = str(ROOT / "tests" / "variants" / "rslora.py")
+    for flags in ("--lora_alpha 11 --like lora", "--like=lora --lora_alpha 11", "--like lora --lora_alpha 11"):
+        (job,) = jobs("--tasks", "mrpc", "--methods", f"x={entry}:{flags}", "--seeds", "1", "--max_steps", "5")
+        assert job.flags == ("--like", "lora", "--max_steps", "5", "--lora_alpha", "11")
+
+
+# ---- the comparison ----
+
+FAILS_AT_COLA = """#!/usr/bin/env bash
+echo "$@" >> "$RECORD"
+[[ "$*" != *"--tasks cola"* ]]
+"""
+
+
+def test_the_comparison_goes_on_after_a_task_with_failed_runs(tmp_path: Path) -> None:
+    """A relative MODEL and DATA are those of the folder where it is started."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "python").write_text(FAILS_AT_COLA)
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PYTHON": str(tmp_path / "python"), "RECORD": str(tmp_path / "record"), "MODEL": "model"}
+
+    def compare(**more: str) -> subprocess.CompletedProcess[str]:
+        script = ["bash", str(ROOT / "scripts" / "comparison.sh")]
+        return subprocess.run(script, cwd=tmp_path, env=env | {"DATA": "."} | more, capture_output=True, text=True)
+
+    assert compare(TASKS="cola,rte").returncode == 1
+    assert re.findall(r"--tasks (\w+)", (tmp_path / "record").read_text()) == ["cola", "rte"]
+    for wrong, said in (({"TASKS": "cola,qnli"}, "TASKS has qnli"), ({"DATA": "none"}, "there is no folder none")):
+        done = compare(**wrong)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "record").read_text().count("--tasks") == 2
 
 
 # ---- nothing outlives its worker ----

@@ -17,7 +17,7 @@ from loralib.report.style import FEWEST_SEEDS, NONZERO
 from loralib.report.tables import WORDS, by_method, escape, metrics_of, percent, scores
 from loralib.report.tuning import best_of_trials, scores_by_value, trial_scores, tuning_seeds
 
-ROWS = {"heldout": "the half of the validation rows that chooses; the scores are those of the other half"}
+ROWS = {"heldout": "the half of the validation rows that chooses; the table of scores has the other half"}
 MOST_LINES = 12  # of one panel; a task with more of them has one figure per method
 
 

@@ -33,6 +33,8 @@ def latex_table(runs: pd.DataFrame, selection: str, models: str) -> str:
     tasks = {task: [metric for metric in metrics_of(part) if scores(part, metric)]
              for task, part in runs.groupby("task", sort=False)}  # fmt: skip
     tasks = {task: metrics for task, metrics in tasks.items() if metrics}
+    if not tasks:
+        return "% no finished run with a score\n"
     counts = sorted(
         {n for (task, _), part in groups.items() if task in tasks and (n := len(scores(part, tasks[task][0])))}
     )

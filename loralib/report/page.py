@@ -29,6 +29,7 @@ from loralib.report.tables import (
 from loralib.report.tuning import (
     chosen_table,
     expected_table,
+    file_beside,
     final_runs,
     open_trials,
     read_tuning,
@@ -83,6 +84,11 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None,
     if not found and not others:
         raise InputError(f"no run.json below {root}: give the folder that holds the runs' output folders.")
     tuning = read_tuning(root)
+    if tuning is None and (trials := [run for run in found if run.data.get("trial") is True]):
+        raise InputError(
+            f"{root} has {len(trials)} trials of a tuning, and its record is not there: copy the file "
+            f"{file_beside(root).name} from beside the original, too."
+        )
     finals = final_runs(found, tuning) if tuning else found
     out.mkdir(parents=True, exist_ok=True)
     runs = frame(finals, selection)
@@ -205,11 +211,16 @@ def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], finals: Sequen
     """The sections about a tuning as Markdown; nothing without one."""
     if tuning is None:
         return []
+    waiting = Counter(run.task for run in open_trials(runs, tuning))
+    told = [f"On {escape(task)} nothing is chosen yet; trials finished so far: {n}." for task, n in waiting.items()]
+    if not tuning["choices"]:
+        return ["## Chosen values", *(told or ["Nothing is chosen yet."])]
     equal = trials_are_equal(tuning)
     fair = "Each method had the same number of trials." if equal else (
         "**The methods had different numbers of trials**: the best of more trials is better by chance."
     )  # fmt: skip
-    which = "best evaluation" if tuning["selection"] == "best" else "evaluation at the end"
+    words = {"best": "best evaluation", "last": "evaluation at the end"}
+    which = " or the ".join(dict.fromkeys(words[choice["selection"]] for choice in tuning["choices"]))
     rows = {
         "heldout": "on the half of the validation rows that is not reported above",
     }.get(selection, "**on the rows that are reported above**, which favours methods with many trials")
@@ -222,9 +233,7 @@ def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], finals: Sequen
         "The mean score of the best of k trials, over all subsets of k trials. A trial without a score counts with the "
         "worst score of the others."
     )
-    parts = ["## Chosen values", text, chosen_table(tuning)]
-    waiting = Counter(run.task for run in open_trials(runs, tuning))
-    parts += [f"On {escape(task)} nothing is chosen yet; trials finished so far: {n}." for task, n in waiting.items()]
+    parts = ["## Chosen values", text, chosen_table(tuning), *told]
     there = {(run.task, run.arm) for run in finals}
     lacking = [f"{c['task']}, {c['method']}" for c in tuning["choices"] if (c["task"], c["method"]) not in there]
     if lacking:

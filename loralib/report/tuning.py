@@ -7,11 +7,12 @@ from typing import Any
 
 from loralib.errors import InputError
 from loralib.jsonfile import read_json
-from loralib.report.runs import SMALLER_IS_BETTER, Run, name_variants
+from loralib.report.runs import SMALLER_IS_BETTER, Run, brief, name_variants
 from loralib.report.tables import escape, percent, table
 from loralib.sweep.settings import same_as_typed
 
 TUNING_FILE = "tuning.json"
+DEPTH = 3  # folders from a sweep's to that of a run: task, method, seed
 
 
 def file_beside(results: Path) -> Path:
@@ -20,15 +21,35 @@ def file_beside(results: Path) -> Path:
 
 
 def read_tuning(root: Path) -> dict[str, Any] | None:
-    """The record of the tuning beside the runs; None if nothing was tuned.
+    """The record of the tuning to which the runs belong; None if nothing was tuned.
+
+    Args:
+        root: a compact results file, or a folder: that of a sweep, a part of it, or one with several sweeps, whose
+            records are read as one.
 
     Raises:
-        InputError: it is cut short or not one of this project's.
+        InputError: a record is cut short or not one of this project's, or two have a choice for one task and method.
     """
-    file = root / TUNING_FILE if root.is_dir() else file_beside(root)
-    if not root.is_dir() and not file.exists():
-        file = root.parent / TUNING_FILE
-    return read_record(file)
+    if root.is_dir():
+        here = root.absolute()
+        above = [folder / TUNING_FILE for folder in (here, *list(here.parents)[:DEPTH])]
+        files = [file for file in above if file.exists()][:1] or sorted(root.rglob(TUNING_FILE))
+    else:
+        files = [file for file in (file_beside(root), root.parent / TUNING_FILE) if file.exists()][:1]
+    found = [(file, record) for file in files if (record := read_record(file)) is not None]
+    if not found:
+        return None
+    of: dict[tuple[str, str], Path] = {}
+    for file, record in found:
+        for choice in record["choices"]:
+            key = choice["task"], choice["method"]
+            if key in of:
+                raise InputError(
+                    f"{of[key]} and {file} both have a choice for {key[0]}, {key[1]}: report their folders one by one."
+                )
+            of[key] = file
+    records = [record for _, record in found]
+    return records[0] | {name: [entry for record in records for entry in record[name]] for name in ("choices", "open")}
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
@@ -41,12 +62,20 @@ def read_record(file: Path) -> dict[str, Any] | None:
         return None
     try:
         found = read_json(file)
+        about = {
+            "tune_seeds": list(found["tune_seeds"]),
+            "seeds": list(found["seeds"]),
+            "selection": found["selection"],
+        }
         for choice in found["choices"]:
-            _ = choice["task"], choice["method"], [dict(score["values"]) for score in choice["scores"]]
+            _ = choice["metric"], choice["mean"] + 0, list(choice["edges"]), [s["score"] for s in choice["scores"]]
+            _ = [dict(score["values"]) for score in choice["scores"]]
             if not choice["scores"] or not isinstance(choice["values"], dict):
                 raise ValueError
-        lists = {name: list(found[name]) for name in ("tune_seeds", "seeds")}
-        return {**found, **lists, "selection": found["selection"]}
+        opened = [{"task": o["task"], "method": o["method"], "points": list(o["points"]), "tune_seeds":
+                   list(o["tune_seeds"])} for o in found.get("open", [])]  # fmt: skip
+        # Older records have seeds and selection only for all choices together.
+        return found | about | {"choices": [about | choice for choice in found["choices"]], "open": opened}
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error.__cause__, OSError):  # it may be whole
             raise
@@ -60,33 +89,45 @@ def final_runs(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
 
     Runs of other tasks and methods are kept as they are, except `open_trials`.
     """
-    chosen = {(c["task"], c["method"]): c["values"] for c in tuning["choices"]}
+    choices = {(c["task"], c["method"]): c for c in tuning["choices"]}
     waiting = {id(run) for run in open_trials(runs, tuning)}
     found = []
     for run in runs:
-        values = chosen.get((run.task, run.arm))
-        if values is None:
-            counts = id(run) not in waiting
-        else:
-            has_values = all(same_as_typed(run.arguments.get(name), value) for name, value in values.items())
-            counts = has_values and run.seed not in tuning["tune_seeds"]
-        if counts:
+        choice = choices.get((run.task, run.arm))
+        if id(run) not in waiting if choice is None else _judges(run, choice):
             found.append(run)
     name_variants(found)
     return found
 
 
+def _judges(run: Run, choice: Mapping[str, Any]) -> bool:
+    """Whether a run has the chosen values and a seed that tuned nothing."""
+    if run.seed in choice["tune_seeds"]:
+        return False
+    if "arguments" not in choice:  # the parser could not be called, or the record is an older one
+        return all(same_as_typed(run.arguments.get(name), value) for name, value in choice["values"].items())
+    batch = choice.get("effective_batch")
+    same = all(brief(run.arguments.get(name)) == brief(value) for name, value in choice["arguments"].items())
+    return same and batch in (None, run.data.get("effective_batch"))
+
+
 def open_trials(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
-    """Trials where nothing is chosen yet: of a method that is tuned on another task, with a tuning seed."""
+    """Trials where nothing is chosen yet: their record says so, their tuning has begun, or their method is tuned on
+    another task; with a tuning seed."""
     chosen = {(c["task"], c["method"]) for c in tuning["choices"]}
-    tuned = {method for _, method in chosen}
-    return [run for run in runs
-            if run.arm in tuned and (run.task, run.arm) not in chosen and run.seed in tuning["tune_seeds"]]  # fmt: skip
+    begun = {(o["task"], o["method"]): o["tune_seeds"] for o in tuning["open"]}
+    elsewhere = {c["method"]: c["tune_seeds"] for c in tuning["choices"]}
+
+    def waits(run: Run) -> bool:
+        seeds = begun.get((run.task, run.arm), elsewhere.get(run.arm, []))
+        return (run.task, run.arm) not in chosen and (run.seed in seeds or run.data.get("trial") is True)
+
+    return [run for run in runs if waits(run)]
 
 
 def tuning_seeds(tuning: Mapping[str, Any]) -> str:
     """The seeds of the trials in words: "seed 1" or "seeds 1, 2"."""
-    seeds = tuning["tune_seeds"]
+    seeds = sorted({seed for choice in tuning["choices"] for seed in choice["tune_seeds"]}) or tuning["tune_seeds"]
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 

@@ -17,7 +17,7 @@ from loralib.sweep.guard import guard, interrupt_on_signals
 from loralib.sweep.plan import METHODS, ROOT, Job, plan, split_arms
 from loralib.sweep.records import Done, ResultsFile, closest, is_asked_for, runs_below
 from loralib.sweep.settings import RequestedRun
-from loralib.sweep.tune import choose, plan_tuning, say
+from loralib.sweep.tune import begin, choose, compare_with_earlier, plan_tuning, say
 
 
 def numbers(text: str) -> list[int]:
@@ -118,14 +118,20 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
     remember_command(word for text in typed for word in [text, *re.split(r"[\s:,]+", text)])
     try:
         tuning = plan_tuning(args, flags) if args.tune or args.tune_only else None
+        if args.tune_seeds and not tuning:
+            raise InputError("--tune_seeds needs --tune: name the flag and the values to try.")
         jobs = list(tuning.trials.values()) if tuning else plan(args, flags)
         asked = ask(jobs, max(1, int(args.gpus_per_run or 1)))
         done = open_records(args)
+        if tuning:
+            compare_with_earlier(tuning, done)
         if args.dry_run:
             print("\n".join(listed(jobs, asked, done)))
             if tuning:
                 print(f"# then the best value of each method on each task, with the seeds {args.seeds}")
             return 0
+        if tuning:
+            begin(tuning)
         interrupt_on_signals()
         say_near_misses(jobs, asked, done)
         code = sweep(jobs, asked, done, args)
@@ -135,7 +141,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
                 raise RunError(
                     f"{open_trials} trials failed, so no value is chosen. Run the same command again to retry them."
                 )
-            choices = choose(tuning, done)
+            choices = choose(tuning, done, asked)
             say(choices)
             jobs = tuning.finals(choices)
             asked = ask(jobs, max(1, int(args.gpus_per_run or 1)))
@@ -146,5 +152,5 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
     except KeyboardInterrupt:
         return 130
     if code != 130:
-        print(f"tables and figures: python scripts/report.py {shlex.quote(args.output)}")
+        print(f"tables and figures: python scripts/report.py {shlex.quote(str(args.results or args.output))}")
     return code

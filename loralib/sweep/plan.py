@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loralib.errors import InputError
 from loralib.secrets import is_secret
+from loralib.sweep.settings import same_as_typed
 
 ROOT = Path(__file__).resolve().parents[2]
 # The methods of the task scripts, each with its name in run.json. scripts/launch.sh has the same list.
@@ -41,6 +42,7 @@ class Job:
     seed: int
     flags: tuple[str, ...]
     folder: Path
+    trial: bool = False  # of a tuning
 
     @property
     def name(self) -> str:
@@ -74,11 +76,13 @@ def plan(args: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def make_job(output: str, task: str, arm: Arm, seed: int, flags: Sequence[str], point: Point) -> Job:
+def make_job(
+    output: str, task: str, arm: Arm, seed: int, flags: Sequence[str], point: Point, trial: bool = False
+) -> Job:
     """The run of a grid point. Its folder is OUTPUT/TASK/METHOD[,NAME=VALUE...]/seedK."""
     label = ",".join([arm.name, *(f"{name}={value}".replace("/", "_") for name, value in point)])
     values = [word for name, value in point for word in (f"--{name}", value)]
-    return Job(task, arm, seed, (*flags, *values), Path(output).absolute() / task / label / f"seed{seed}")
+    return Job(task, arm, seed, (*flags, *values), Path(output).absolute() / task / label / f"seed{seed}", trial)
 
 
 def check_folders(jobs: Sequence[Job]) -> None:
@@ -121,6 +125,7 @@ def read_arms(entries: Sequence[str]) -> list[Arm]:
         text = named[2] if named else entry
         method, colon, words = text.partition(":--")
         flags = tuple(shlex.split(f"--{words}")) if colon else ()
+        refuse_what_the_sweep_sets(flags)
         if method not in METHODS and not Path(method).is_file():
             raise InputError(
                 f"method {method!r} is neither a file nor one of {', '.join(METHODS)}: name one of them, or the "
@@ -142,19 +147,37 @@ def method_label(method: str) -> str:
 
 
 def read_grid(entries: Sequence[str], flag: str) -> dict[str, list[str]]:
-    """Read the entries NAME=VALUE,VALUE of a grid into values by flag."""
+    """Read the entries NAME=VALUE,VALUE of a grid into values by flag. Several entries of one flag are one list.
+
+    Raises:
+        InputError: an entry cannot be read, a value is named twice, or the sweep sets the flag itself.
+    """
     grid: dict[str, list[str]] = {}
     for entry in entries:
         name, _, values = entry.partition("=")
         if is_secret(name):
             raise InputError(f"{flag} {name}: an access token is not a setting to compare; give it to all runs.")
         name = name.lstrip("-").replace("-", "_")
+        refuse_what_the_sweep_sets([f"--{name}"])
         if not name or not all(values.split(",")):
             raise InputError(
                 f"{flag} {entry!r} cannot be read: write {flag} NAME=VALUE,VALUE, as in {flag} lora_r=4,8."
             )
-        grid[name] = values.split(",")
+        for value in values.split(","):
+            known = next((v for v in grid.get(name, []) if same_as_typed(v, value)), None)
+            if known is not None:
+                raise InputError(f"{flag} {name} has one value twice, as {known} and as {value}: name each value once.")
+            grid.setdefault(name, []).append(value)
     return grid
+
+
+def refuse_what_the_sweep_sets(flags: Sequence[str]) -> None:
+    """Refuse the flags that differ from run to run: the seed and the output folder."""
+    for flag in flags:
+        name = flag.split("=")[0].lstrip("-").replace("-", "_")
+        for set_here in ("seed", "output_dir"):
+            if flag.startswith("--") and len(name) >= 2 and set_here.startswith(name):  # also abbreviated
+                raise InputError(f"--{set_here} is set by the sweep for each run: use --seeds and --output.")
 
 
 def points_of(grid: Mapping[str, Sequence[str]]) -> list[Point]:
@@ -166,11 +189,7 @@ def flags_by_task_and_arm(
     args: argparse.Namespace, arms: Sequence[Arm], flags: Sequence[str]
 ) -> Mapping[tuple[str, Arm], tuple[str, ...]]:
     """The flags of each task and arm: those of all runs, then the arm's, then those of --only. Later ones win."""
-    for flag in flags:
-        name = flag.split("=")[0].lstrip("-").replace("-", "_")
-        for set_here in ("seed", "output_dir"):
-            if flag.startswith("--") and len(name) >= 2 and set_here.startswith(name):  # also abbreviated
-                raise InputError(f"--{set_here} is set by the sweep for each run: use --seeds and --output.")
+    refuse_what_the_sweep_sets(flags)
     if args.like is not None and args.like not in METHODS:
         raise InputError(f"--like {args.like}: it must be one of {', '.join(METHODS)}.")
     wide: dict[str, list[str]] = {}
@@ -180,6 +199,7 @@ def flags_by_task_and_arm(
         what, colon, words = entry.partition(":--")
         task, _, method = what.partition("/")
         more = shlex.split(f"--{words}") if colon else []
+        refuse_what_the_sweep_sets(more)
         if more and what in names:
             wide.setdefault(names[what], []).extend(more)
         elif more and task in args.tasks and method in names:
@@ -191,7 +211,19 @@ def flags_by_task_and_arm(
             )
     found = {}
     for task, arm in itertools.product(args.tasks, arms):
-        like = ("--like", args.like) if args.like and arm.own and "--like" not in arm.flags else ()
+        like, of_arm = _split_like(arm.flags)
+        if args.like and arm.own and not like:
+            like = ("--like", args.like)
         own = (*wide.get(arm.name, ()), *narrow.get((task, arm.name), ()))
-        found[task, arm] = (*like, *flags, *arm.flags, *own)
+        found[task, arm] = (*like, *flags, *of_arm, *own)
     return found
+
+
+def _split_like(flags: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """--like METHOD and the other flags of an entry point; the task's script wants --like as its first flag."""
+    for i, flag in enumerate(flags):
+        if flag == "--like":
+            return flags[i : i + 2], flags[:i] + flags[i + 2 :]
+        if flag.startswith("--like="):
+            return ("--like", flag.partition("=")[2]), flags[:i] + flags[i + 1 :]
+    return (), flags

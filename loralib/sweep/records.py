@@ -130,12 +130,23 @@ class ResultsFile:
             self.records.append(record)
 
     def find(self, asked: RequestedRun) -> dict[str, Any] | None:
-        """The record of a run with these settings that is done; None if there is none."""
-        return next((r for r in self.records if r.get("status") in DONE and is_asked_for(r, asked)), None)
+        """The record of a run with these settings that is done, if possible of the same arm; None if there is none."""
+        found = [r for r in self.records if r.get("status") in DONE and is_asked_for(r, asked)]
+        return next((r for r in found if r.get("arm") == asked.arm), found[0] if found else None)
 
-    def add(self, run: Mapping[str, Any], arm: str | None = None) -> None:
-        """Append the record of a run and wait for the disk. A line that was cut off is removed first."""
-        record = compact(run, arm)
+    def add(self, run: Mapping[str, Any], arm: str | None = None, trial: bool = False) -> None:
+        """Append the record of a run and wait for the disk. A line that was cut off is removed first.
+
+        Args:
+            trial: whether it is a trial of a tuning, which no report may take for a result.
+        """
+        self._append(compact(run, arm) | ({"trial": True} if trial else {}))
+
+    def add_for_arm(self, record: Mapping[str, Any], arm: str) -> None:
+        """Append a record of this file once more, for another arm with the same settings."""
+        self._append({**record, "arm": arm})
+
+    def _append(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
             if self.cut:
@@ -193,7 +204,9 @@ class Done:
         else:
             run = next((other for other in self.others if is_asked_for(other, asked)), None)
         if run and self.results and in_file is None:
-            self.results.add(run, asked.arm)
+            self.results.add(run, asked.arm, job.trial)
+        elif self.results and in_file and in_file.get("arm") not in (None, asked.arm):
+            self.results.add_for_arm(in_file, asked.arm)
         found = run or in_file
         if found:
             self.known[job] = found

@@ -2,13 +2,14 @@
 
 First comes a trial for every task, method, value and tuning seed. Then the value with the best mean over the tuning
 seeds is chosen for each task and method. Then come the final runs, with other seeds. Trials are runs like any other:
-they are resumed, skipped and kept.
+they are resumed, skipped and kept. The record of a tuning is written before the first trial, with the grids, so that
+no report takes a trial for a result.
 """
 
 import argparse
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from loralib.sweep.plan import (
     read_arms,
     read_grid,
 )
-from loralib.sweep.records import Done
+from loralib.sweep.records import DONE, Done, status
+from loralib.sweep.settings import WITHOUT_NUMBERS, RequestedRun, same_as_typed
 
 Grid = dict[str, list[str]]
 
@@ -77,6 +79,10 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
         raise InputError("--grid and --tune exclude each other: --grid reports every value, --tune the best one.")
     if not args.tune_seeds:
         raise InputError("--tune needs --tune_seeds: seeds of the trials, none of which is one of --seeds.")
+    for flag, seeds in (("--seeds", args.seeds), ("--tune_seeds", args.tune_seeds)):
+        if not seeds or len(set(seeds)) < len(seeds):
+            told = ",".join(map(str, seeds)) or "empty"
+            raise InputError(f"{flag} is {told}: name at least one seed, and each seed once (1,2,3 or 1-5).")
     both = sorted(set(args.seeds) & set(args.tune_seeds))
     if both:
         raise InputError(
@@ -84,6 +90,7 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
         )
     shared = read_grid(args.tune, "--tune")
     grids: dict[str, Grid] = {arm.name: dict(shared) for arm in arms}
+    own_grids: dict[str, list[str]] = {}
     for entry in args.tune_only:
         name, colon, values = entry.rpartition(":")
         if not colon or name not in grids:
@@ -91,7 +98,9 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
                 f"--tune_only {entry!r} cannot be read: write METHOD:NAME=VALUE,VALUE with a method of this sweep, as "
                 "in 'full:learning_rate=2e-5,5e-5'."
             )
-        grids[name] |= read_grid([values], "--tune_only")
+        own_grids.setdefault(name, []).append(values)
+    for name, entries in own_grids.items():
+        grids[name] |= read_grid(entries, "--tune_only")
     counts = {name: len(points_of(grid)) * len(args.tune_seeds) for name, grid in grids.items()}
     if len(set(counts.values())) > 1 and not args.unequal_trials:
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -102,25 +111,49 @@ def plan_tuning(args: argparse.Namespace, flags: Sequence[str]) -> Tuning:
         )
     own = flags_by_task_and_arm(args, arms, flags)
     trials = {
-        (task, arm.name, point, seed): make_job(args.output, task, arm, seed, own[task, arm], point)
+        (task, arm.name, point, seed): make_job(args.output, task, arm, seed, own[task, arm], point, trial=True)
         for seed, task, arm in itertools.product(args.tune_seeds, args.tasks, arms)
         for point in points_of(grids[arm.name])
     }
     check_folders(list(trials.values()))
-    tuning = Tuning(args, arms, grids, own, trials)
+    return Tuning(args, arms, grids, own, trials)
+
+
+def begin(tuning: Tuning) -> None:
+    """Record the grids and the seeds of the trials, before the first of them."""
+    seeds = {"tune_seeds": tuning.args.tune_seeds, "seeds": tuning.args.seeds}
+    opened = [
+        {"task": task, "method": arm.name, "points": [dict(point) for point in tuning.points(arm)], **seeds}
+        for task, arm in itertools.product(tuning.args.tasks, tuning.arms)
+    ]
+    _write(tuning, lambda earlier: (earlier.get("choices", []), [*kept(tuning, earlier, "open"), *opened]))
+
+
+def _write(tuning: Tuning, change: Callable[[Mapping[str, Any]], tuple[list[Any], list[Any]]]) -> None:
+    """Write the record of the tuning to all its places.
+
+    Args:
+        change: from the record that is there, {} if there is none, to the choices and the open tunings.
+    """
+    from loralib.adapters.writing import write_json  # imported here because they import large libraries
+    from loralib.report.tuning import read_record
+
+    args = tuning.args
     for file in tuning.files:
-        compare_with_earlier(tuning, file)
-    return tuning
+        file.parent.mkdir(parents=True, exist_ok=True)
+        choices, opened = change(read_record(file) or {})
+        about = {"version": 1, "selection": args.tune_selection, "tune_seeds": args.tune_seeds, "seeds": args.seeds}
+        write_json(file, about | {"open": opened, "choices": choices})
 
 
-def kept(tuning: Tuning, earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The earlier choices for tasks and methods that are not part of this call."""
+def kept(tuning: Tuning, earlier: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+    """The earlier entries, of `what` choices or open, for tasks and methods that are not part of this call."""
     now = set(itertools.product(tuning.args.tasks, (arm.name for arm in tuning.arms)))
-    return [c for c in (earlier or {}).get("choices", []) if (c["task"], c["method"]) not in now]
+    return [c for c in earlier.get(what, []) if (c["task"], c["method"]) not in now]
 
 
-def compare_with_earlier(tuning: Tuning, file: Path) -> None:
-    """Print how a grid extends that of an earlier call.
+def compare_with_earlier(tuning: Tuning, done: Done) -> None:
+    """Print how the grids extend those of earlier calls.
 
     Raises:
         InputError: a value or seed was tried earlier and is no longer named, or choices of other tasks or methods
@@ -128,15 +161,23 @@ def compare_with_earlier(tuning: Tuning, file: Path) -> None:
     """
     from loralib.report.tuning import read_record  # imports large libraries
 
-    earlier = read_record(file)
-    if earlier is None:
-        return
+    said: set[str] = set()
+    for file in tuning.files:
+        earlier = read_record(file)
+        if earlier is not None:
+            said |= _compare(tuning, file, earlier, done)
+    print("".join(f"{line}\n" for line in sorted(said)), end="")
+
+
+def _compare(tuning: Tuning, file: Path, earlier: Mapping[str, Any], done: Done) -> set[str]:
+    """As `compare_with_earlier`, with one record; returns what is to be printed."""
+    said = set()
     args = tuning.args
     for flag, before, now in (
         ("--tune_selection", earlier["selection"], args.tune_selection),
         ("--tune_seeds", sorted(earlier["tune_seeds"]), sorted(args.tune_seeds)),
     ):
-        if before != now and (others := kept(tuning, earlier)):
+        if before != now and (others := kept(tuning, earlier, "choices")):
             raise InputError(
                 f"{file} holds choices of {others[0]['task']}, {others[0]['method']}, made with {flag} {before}, and "
                 f"{now} is asked for: name these tasks and methods too, or another --output."
@@ -149,24 +190,62 @@ def compare_with_earlier(tuning: Tuning, file: Path) -> None:
         )
     for arm in tuning.arms:
         of_arm = [c for c in earlier["choices"] if c["method"] == arm.name and c["task"] in args.tasks]
+        begun = [c for c in earlier["open"] if c["method"] == arm.name and c["task"] in args.tasks]
         tried = [dict(s["values"]) for c in of_arm for s in c["scores"]]
+        tried += [values for c in begun for values in c["points"] if _has_run(tuning, c, arm, values, done)]
         asked = [dict(point) for point in tuning.points(arm)]
-        lost = [values for values in tried if values not in asked]
+        lost = [values for values in tried if not any(_alike(values, other) for other in asked)]
         if lost:
             raise InputError(
                 f"{file} holds trials of {arm.name} with {_words(lost[0])}, which --tune does not name any more: name "
                 "it too, which extends the grid, or another --output."
             )
-        new = [values for values in asked if values not in tried] if tried else []
+        new = [v for v in asked if not any(_alike(v, other) for other in tried)] if of_arm else []
         if new:
-            print(f"the grid of {arm.name} is extended by {'; '.join(map(_words, new))}: the choice is made again")
+            said.add(f"the grid of {arm.name} is extended by {'; '.join(map(_words, new))}: the choice is made again")
+    return said
+
+
+def _alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two points of a grid are the same, however their numbers are spelled."""
+    return one.keys() == other.keys() and all(same_as_typed(value, other[name]) for name, value in one.items())
+
+
+def _has_run(tuning: Tuning, begun: Mapping[str, Any], arm: Arm, values: Mapping[str, str], done: Done) -> bool:
+    """Whether a trial that an earlier call planned is done, here or in the results file."""
+    point = tuple(values.items())
+    jobs = [make_job(tuning.args.output, begun["task"], arm, seed, (), point) for seed in begun["tune_seeds"]]
+    records = [r for r in (done.results.records if done.results else []) if r.get("arm") == arm.name]
+    return any(status(job) in DONE for job in jobs) or any(
+        r.get("task") == begun["task"]
+        and r["arguments"].get("seed") in begun["tune_seeds"]
+        and all(same_as_typed(r["arguments"].get(name), value) for name, value in values.items())
+        for r in records
+    )
 
 
 def _words(values: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
+def _decisive(tuning: Tuning, task: str, arm: Arm, best: Point, asked: Mapping[Job, RequestedRun]) -> dict[str, Any]:
+    """The parsed flags by which runs with the chosen values are known: those that differ between the trials, and those
+    that were typed. {} if the entry point's parser cannot be called.
+    """
+    of_point = {point: asked[tuning.trials[task, arm.name, point, tuning.args.tune_seeds[0]]]
+                for point in tuning.points(arm)}  # fmt: skip
+    arguments = of_point[best].arguments
+    if arguments is None:
+        return {}
+    others = [one.arguments or {} for one in of_point.values()]
+    names = {name for name in arguments if any(other.get(name) != arguments[name] for other in others)}
+    names |= {name for name, _ in best if name in arguments}
+    found: dict[str, Any] = {n: arguments[n] for n in sorted(names) if not WITHOUT_NUMBERS.fullmatch(n)}
+    batches = {one.effective_batch for one in of_point.values()}
+    return {"arguments": found} | ({"effective_batch": of_point[best].effective_batch} if len(batches) > 1 else {})
+
+
+def choose(tuning: Tuning, done: Done, asked: Mapping[Job, RequestedRun]) -> list[dict[str, Any]]:
     """Choose the best value of each task and method, and record the choices with all scores.
 
     Earlier choices for other tasks and methods stay in the record.
@@ -176,11 +255,9 @@ def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
     Raises:
         InputError: no trial of a method has a score on a task.
     """
-    # Imported here because they import large libraries.
-    from loralib.adapters.writing import write_json
-    from loralib.report.runs import SMALLER_IS_BETTER, Run
-    from loralib.report.tuning import read_record
+    from loralib.report.runs import SMALLER_IS_BETTER, Run  # imports large libraries
 
+    args = tuning.args
     choices = []
     for task, arm in itertools.product(tuning.args.tasks, tuning.arms):
         scores, means, metric = [], {}, None
@@ -210,15 +287,10 @@ def choose(tuning: Tuning, done: Done) -> list[dict[str, Any]]:
         choices.append({
             "task": task, "method": arm.name, "metric": metric, "values": dict(best), "mean": means[best],
             "trials": len(scores), "edges": edges(tuning.grids[arm.name], best), "grid": tuning.grids[arm.name],
-            "scores": scores,
+            "scores": scores, "selection": args.tune_selection, "tune_seeds": args.tune_seeds, "seeds": args.seeds,
+            **_decisive(tuning, task, arm, best, asked),
         })  # fmt: skip
-    args = tuning.args
-    for file in tuning.files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {
-            "version": 1, "selection": args.tune_selection, "tune_seeds": args.tune_seeds, "seeds": args.seeds,
-            "choices": [*kept(tuning, read_record(file)), *choices],
-        })  # fmt: skip
+    _write(tuning, lambda earlier: ([*kept(tuning, earlier, "choices"), *choices], kept(tuning, earlier, "open")))
     return choices
 
 
