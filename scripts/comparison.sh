@@ -20,7 +20,7 @@
 #   steps, because the threshold would be larger than the steps of Adam.
 # - RM-LoRA: half of the directions in each step, coefficient 0.1 (README of the release).
 # - Learning rates: three for each method. STS-B has a fourth, because after three the best trial of four methods was at
-#   the upper edge of the grid; no final run had been read then.
+#   the upper edge of the grid. Two final runs had finished then and had not been read.
 # - --heldout_split 0 and --tune_selection best: the best evaluation on one half of the development set chooses learning
 #   rate and epoch, and the other half is reported (report.py --selection heldout).
 set -euo pipefail

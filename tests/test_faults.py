@@ -29,7 +29,7 @@ from loralib.errors import InputError, RunDiverged, RunError
 from loralib.glue.folder import UNFINISHED
 from loralib.glue.tables import read_file
 from loralib.jsonfile import read_json
-from loralib.report.tuning import read_tuning
+from loralib.report.tuning import read_record
 from loralib.training.lock import lock, unlock
 from loralib.training.manifest import last_checkpoint
 
@@ -470,7 +470,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monke
         lambda: read_state(tmp_path / "adapter.safetensors"),
         lambda: read_json(tmp_path / "adapter.json"),
         lambda: read_file(tmp_path / "rows.csv", None, "train"),
-        lambda: read_tuning(tmp_path),
+        lambda: read_record(tmp_path / "tuning.json"),
     ):
         with pytest.raises(InputError, match=r"cannot be (read|opened) \(Permission denied\): make it readable\.$"):
             read()

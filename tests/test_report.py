@@ -615,6 +615,18 @@ def test_tuned_sweep_reports_final_runs_and_its_trials(tmp_path: Path, capsys: p
     for choice in choices:
         choice["task"] = "qnli"
     (base / "second" / "tuning.json").write_text(json.dumps(tuned))
+    make_run(base / "plain" / "rte" / "full" / "seed1", "full", seed=1, metrics={"eval_accuracy": 0.7})
+    assert "70.00 (n=1)" in text_of(base)  # a sweep without tuning has no trials
+    make_run(base / "plain" / "rte" / "sora" / "seed1", "sora", seed=1, metrics={"eval_accuracy": 0.7})
+    assert "70.00 (n=1)" in text_of(base / "plain")
+    shutil.rmtree(base / "plain")
+    more = json.loads((base / "first" / "tuning.json").read_text())  # another tuning seed, whose trials have begun
+    opened = [
+        {"task": "rte", "method": "lora", "points": [{"learning_rate": "0.002"}], "tune_seeds": [1, 4], "seeds": [2]}
+    ]
+    (base / "first" / "tuning.json").write_text(json.dumps(more | {"open": opened}))
+    assert "| lora | 90.00 ± 0.00 (n=2) |" in text_of(base / "first" / "rte")
+    (base / "first" / "tuning.json").write_text(json.dumps(more))
     text = text_of(base)
     assert "| lora | 90.00 ± 0.00 (n=3) | 90.00 ± 0.00 (n=3) |" in text and "8 trials and runs with other" in text
     for folder in tmp_path.rglob("seed[234]"):  # before the first final run
@@ -698,7 +710,7 @@ def test_names_of_users_are_text_everywhere(tmp_path: Path) -> None:
     """Formulas, HTML, bars and backticks in names and logs; formulas of a spreadsheet; too many modules; bf16."""
     for seed in (1, 2):
         make_run(tmp_path / f"a`b|c{seed}", HOSTILE, task="=2+3", seed=seed)
-    modules = {f"model.{i}.part{i % 700}": {"rank": i % 8} for i in range(3000)}
+    modules = {f"model.{i}.part{i % 70}": {"rank": i % 8} for i in range(300)}
     make_run(tmp_path / "many", "adalora", parameters={"trainable": 1, "lora": 1, "remaining": 1, "modules": modules})
     failed = tmp_path / "<img src=x>"
     failed.mkdir()

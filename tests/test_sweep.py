@@ -605,12 +605,17 @@ def test_a_tuning_is_on_record_before_its_first_choice(
         assert tune(tmp_path, patch, "--results", str(results))[0] == 130
     for root in (out, out / "rte", results):
         found, _ = read(root)
-        record = read_tuning(root)
+        record = read_tuning(root, found)
         assert record and len(found) == 10 and not final_runs(found, record) and len(open_trials(found, record)) == 10
     capsys.readouterr()
     for where in (["--output", str(out)], ["--output", str(tmp_path / "new"), "--results", str(results)]):
         assert tune(tmp_path, monkeypatch, *where, values="1e-3,2e-3")[0] == 2
         assert "holds trials of a with learning_rate 4e-3, which --tune does not name" in capsys.readouterr().err
+    record = json.loads((out / "tuning.json").read_text())  # a seed that was mistyped and stopped at once has no trial
+    for opened in record["open"]:
+        opened["tune_seeds"] = [1, 2, 11]
+    for file in (out / "tuning.json", tmp_path / "r.tuning.json"):
+        file.write_text(json.dumps(record))
     code, _ = tune(tmp_path, monkeypatch, "--results", str(results), values="0.001,2e-3,4e-3")  # a spelling
     assert code == 0
     record = json.loads((out / "tuning.json").read_text())
@@ -646,6 +651,35 @@ def test_another_name_for_the_same_settings_has_its_own_records(
     assert done.find_or_add(job, asked)
     last = json.loads(results.read_text().splitlines()[-1])
     assert last["arm"] == "c" and last["arguments"]["seed"] == 5
+
+
+def test_two_arms_with_the_same_settings_keep_their_own_runs(tmp_path: Path) -> None:
+    """As in a comparison of a method with itself; a trial's mark is not copied to a run that is none."""
+    results = ResultsFile(tmp_path / "r.jsonl")
+    done = Done(results, [])
+    for arm, score, trial in (("a", 0.1, True), ("b", 0.2, False)):
+        asked = RequestedRun("rte", 5, arm, None, "x/mine.py", {}, {}, frozenset(), None)
+        folder = tmp_path / "out" / "rte" / arm / "seed5"
+        folder.mkdir(parents=True)
+        run = {
+            "version": 1,
+            "status": "finished",
+            "task": "rte",
+            "arguments": {"seed": 5},
+            "metrics": {"eval_accuracy": score},
+        }
+        (folder / "run.json").write_text(json.dumps(run))
+        job = plan.Job("rte", plan.Arm(arm, "mine.py"), 5, (), folder, trial)
+        assert done.find_or_add(job, asked)["metrics"] == run["metrics"]  # type: ignore[index]
+    found = list(map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines()))
+    assert [(r["arm"], r["metrics"]["eval_accuracy"], r.get("trial")) for r in found] == [
+        ("a", 0.1, True),
+        ("b", 0.2, None),
+    ]
+    done.known.clear()
+    asked = RequestedRun("rte", 5, "c", None, "x/mine.py", {}, {}, frozenset(), None)
+    done.find_or_add(plan.Job("rte", plan.Arm("c", "mine.py"), 5, (), tmp_path / "none"), asked)
+    assert "trial" not in json.loads((tmp_path / "r.jsonl").read_text().splitlines()[-1])
 
 
 def test_like_stands_before_the_shared_flags() -> None:

@@ -83,11 +83,11 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None,
     found, others = read(root)
     if not found and not others:
         raise InputError(f"no run.json below {root}: give the folder that holds the runs' output folders.")
-    tuning = read_tuning(root)
+    tuning = read_tuning(root, found)
     if tuning is None and (trials := [run for run in found if run.data.get("trial") is True]):
         raise InputError(
             f"{root} has {len(trials)} trials of a tuning, and its record is not there: copy the file "
-            f"{file_beside(root).name} from beside the original, too."
+            f"{file_beside(root).name} from beside the original, too; of files that were put together, report each one."
         )
     finals = final_runs(found, tuning) if tuning else found
     out.mkdir(parents=True, exist_ok=True)
@@ -164,6 +164,9 @@ def _results(runs: pd.DataFrame, selection: str) -> list[str]:
     if lacking:
         flag = "--heldout_split SEED" if selection == "heldout" else "--eval_strategy epoch"
         parts.append(f"{lacking} runs have no evaluation for this selection (run them with {flag}).")
+    older = sum(len(run.data.get("stages", [])) > 1 and not run.stages for run in runs["run"])
+    if older:
+        parts.append(f"{older} runs of several trainings have only the evaluations of the last one in their records.")
     parts += _one_class(runs) + _over_budget(runs, selection)
     found = comparisons(runs, selection)
     if found:

@@ -9,10 +9,9 @@ from loralib.errors import InputError
 from loralib.jsonfile import read_json
 from loralib.report.runs import SMALLER_IS_BETTER, Run, brief, name_variants
 from loralib.report.tables import escape, percent, table
-from loralib.sweep.settings import same_as_typed
+from loralib.sweep.settings import same_as_typed, same_value
 
 TUNING_FILE = "tuning.json"
-DEPTH = 3  # folders from a sweep's to that of a run: task, method, seed
 
 
 def file_beside(results: Path) -> Path:
@@ -20,23 +19,25 @@ def file_beside(results: Path) -> Path:
     return results.with_suffix(f".{TUNING_FILE}")
 
 
-def read_tuning(root: Path) -> dict[str, Any] | None:
+def read_tuning(root: Path, runs: Sequence[Run]) -> dict[str, Any] | None:
     """The record of the tuning to which the runs belong; None if nothing was tuned.
 
     Args:
         root: a compact results file, or a folder: that of a sweep, a part of it, or one with several sweeps, whose
-            records are read as one.
+            records are read as one. Each record is about the runs of its own sweep alone.
+        runs: all runs of the file, or below the folder.
 
     Raises:
         InputError: a record is cut short or not one of this project's, or two have a choice for one task and method.
     """
     if root.is_dir():
-        here = root.absolute()
-        above = [folder / TUNING_FILE for folder in (here, *list(here.parents)[:DEPTH])]
-        files = [file for file in above if file.exists()][:1] or sorted(root.rglob(TUNING_FILE))
+        files = sorted({folder / TUNING_FILE for run in runs if (folder := _sweep_of(run)) is not None})
     else:
         files = [file for file in (file_beside(root), root.parent / TUNING_FILE) if file.exists()][:1]
     found = [(file, record) for file in files if (record := read_record(file)) is not None]
+    for file, record in found if root.is_dir() else []:
+        for entry in (*record["choices"], *record["open"]):
+            entry["sweep"] = file.parent
     if not found:
         return None
     of: dict[tuple[str, str], Path] = {}
@@ -50,6 +51,17 @@ def read_tuning(root: Path) -> dict[str, Any] | None:
             of[key] = file
     records = [record for _, record in found]
     return records[0] | {name: [entry for record in records for entry in record[name]] for name in ("choices", "open")}
+
+
+def _sweep_of(run: Run) -> Path | None:
+    """The output folder of the sweep of a run in OUTPUT/TASK/METHOD/seedK."""
+    above = run.folder.absolute().parents
+    return above[2] if len(above) > 2 else None
+
+
+def _about(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The choices or open tunings of the run's own sweep."""
+    return [entry for entry in entries if entry.get("sweep") in (None, _sweep_of(run))]
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
@@ -89,38 +101,40 @@ def final_runs(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
 
     Runs of other tasks and methods are kept as they are, except `open_trials`.
     """
-    choices = {(c["task"], c["method"]): c for c in tuning["choices"]}
     waiting = {id(run) for run in open_trials(runs, tuning)}
     found = []
     for run in runs:
-        choice = choices.get((run.task, run.arm))
-        if id(run) not in waiting if choice is None else _judges(run, choice):
+        mine = [e for e in _about(run, tuning["choices"]) if (e["task"], e["method"]) == (run.task, run.arm)]
+        if id(run) not in waiting and (not mine or _judges(run, mine[0])):
             found.append(run)
     name_variants(found)
     return found
 
 
 def _judges(run: Run, choice: Mapping[str, Any]) -> bool:
-    """Whether a run has the chosen values and a seed that tuned nothing."""
-    if run.seed in choice["tune_seeds"]:
+    """Whether a run has the chosen values and a seed that did not choose them."""
+    if run.seed in choice["tune_seeds"] or run.data.get("trial") is True:
         return False
     if "arguments" not in choice:  # the parser could not be called, or the record is an older one
         return all(same_as_typed(run.arguments.get(name), value) for name, value in choice["values"].items())
     batch = choice.get("effective_batch")
-    same = all(brief(run.arguments.get(name)) == brief(value) for name, value in choice["arguments"].items())
+    both = ((run.arguments.get(name), value) for name, value in choice["arguments"].items())
+    same = all(same_value(mine, value) or brief(mine) == brief(value) for mine, value in both)
     return same and batch in (None, run.data.get("effective_batch"))
 
 
 def open_trials(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
-    """Trials where nothing is chosen yet: their record says so, their tuning has begun, or their method is tuned on
+    """Trials that no choice rests on yet: their record says so, their tuning has begun, or their method is tuned on
     another task; with a tuning seed."""
-    chosen = {(c["task"], c["method"]) for c in tuning["choices"]}
-    begun = {(o["task"], o["method"]): o["tune_seeds"] for o in tuning["open"]}
-    elsewhere = {c["method"]: c["tune_seeds"] for c in tuning["choices"]}
 
     def waits(run: Run) -> bool:
-        seeds = begun.get((run.task, run.arm), elsewhere.get(run.arm, []))
-        return (run.task, run.arm) not in chosen and (run.seed in seeds or run.data.get("trial") is True)
+        of_arm = [c for c in _about(run, tuning["choices"]) if c["method"] == run.arm]
+        chosen = [c for c in of_arm if c["task"] == run.task]
+        begun = [o for o in _about(run, tuning["open"]) if (o["task"], o["method"]) == (run.task, run.arm)]
+        seeds = {seed for entry in begun or of_arm for seed in entry["tune_seeds"]}
+        if chosen:
+            return run.seed in seeds - set(chosen[0]["tune_seeds"]) if begun else False
+        return run.seed in seeds or run.data.get("trial") is True
 
     return [run for run in runs if waits(run)]
 

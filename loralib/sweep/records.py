@@ -142,9 +142,10 @@ class ResultsFile:
         """
         self._append(compact(run, arm) | ({"trial": True} if trial else {}))
 
-    def add_for_arm(self, record: Mapping[str, Any], arm: str) -> None:
+    def add_for_arm(self, record: Mapping[str, Any], arm: str, trial: bool = False) -> None:
         """Append a record of this file once more, for another arm with the same settings."""
-        self._append({**record, "arm": arm})
+        own = {name: value for name, value in record.items() if name != "trial"} | {"arm": arm}
+        self._append(own | ({"trial": True} if trial else {}))
 
     def _append(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,10 +204,11 @@ class Done:
             check_settings(job, asked)
         else:
             run = next((other for other in self.others if is_asked_for(other, asked)), None)
-        if run and self.results and in_file is None:
+        named = in_file is not None and in_file.get("arm") in (None, asked.arm)
+        if run and self.results and not named:
             self.results.add(run, asked.arm, job.trial)
-        elif self.results and in_file and in_file.get("arm") not in (None, asked.arm):
-            self.results.add_for_arm(in_file, asked.arm)
+        elif self.results and in_file and not named:
+            self.results.add_for_arm(in_file, asked.arm, job.trial)
         found = run or in_file
         if found:
             self.known[job] = found

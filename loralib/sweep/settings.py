@@ -79,7 +79,7 @@ def differences(record: Mapping[str, Any], asked: RequestedRun) -> list[str]:
         elif name in PLACES:
             same = _last(value) == _last(done[name])
         else:
-            same = _same(value, done[name])
+            same = same_value(value, done[name])
         if not same:
             found.append(_say(name, done.get(name, "not recorded"), value))
     return found
@@ -107,7 +107,7 @@ def _last(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) else value
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_value(a: Any, b: Any) -> bool:
     """Whether two values are equal. 1 equals 1.0; True does not equal 1; None, "", [] and {} equal each other."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b

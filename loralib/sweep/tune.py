@@ -173,26 +173,35 @@ def _compare(tuning: Tuning, file: Path, earlier: Mapping[str, Any], done: Done)
     """As `compare_with_earlier`, with one record; returns what is to be printed."""
     said = set()
     args = tuning.args
-    for flag, before, now in (
-        ("--tune_selection", earlier["selection"], args.tune_selection),
-        ("--tune_seeds", sorted(earlier["tune_seeds"]), sorted(args.tune_seeds)),
-    ):
-        if before != now and (others := kept(tuning, earlier, "choices")):
-            raise InputError(
-                f"{file} holds choices of {others[0]['task']}, {others[0]['method']}, made with {flag} {before}, and "
-                f"{now} is asked for: name these tasks and methods too, or another --output."
-            )
-    gone = sorted(set(earlier["tune_seeds"]) - set(args.tune_seeds))
+    for other in kept(tuning, earlier, "choices"):
+        for flag, before, now in (
+            ("--tune_selection", other["selection"], args.tune_selection),
+            ("--tune_seeds", sorted(other["tune_seeds"]), sorted(args.tune_seeds)),
+        ):
+            if before != now:
+                raise InputError(
+                    f"{file} holds choices of {other['task']}, {other['method']}, made with {flag} {before}, and {now} "
+                    "is asked for: name these tasks and methods too, or another --output."
+                )
+    names = {arm.name: arm for arm in tuning.arms}
+    choices, begun = (
+        [entry for entry in earlier[what] if entry["method"] in names and entry["task"] in args.tasks]
+        for what in ("choices", "open")
+    )
+    begun_points = [(o | {"tune_seeds": [seed]}, names[o["method"]], values)
+                    for o in begun for values in o["points"] for seed in o["tune_seeds"]]  # fmt: skip
+    run = [(o, arm, values) for o, arm, values in begun_points if _has_run(tuning, o, arm, values, done)]
+    tried_seeds = {seed for c in choices for seed in c["tune_seeds"]} | {o["tune_seeds"][0] for o, _, _ in run}
+    gone = sorted(tried_seeds - set(args.tune_seeds))
     if gone:
         raise InputError(
             f"{file} holds trials of the tuning seed {gone[0]}, which --tune_seeds does not name any more: name it "
             "too, or another --output."
         )
     for arm in tuning.arms:
-        of_arm = [c for c in earlier["choices"] if c["method"] == arm.name and c["task"] in args.tasks]
-        begun = [c for c in earlier["open"] if c["method"] == arm.name and c["task"] in args.tasks]
+        of_arm = [c for c in choices if c["method"] == arm.name]
         tried = [dict(s["values"]) for c in of_arm for s in c["scores"]]
-        tried += [values for c in begun for values in c["points"] if _has_run(tuning, c, arm, values, done)]
+        tried += [values for _, other, values in run if other is arm]
         asked = [dict(point) for point in tuning.points(arm)]
         lost = [values for values in tried if not any(_alike(values, other) for other in asked)]
         if lost:
