@@ -32,10 +32,21 @@ done
 MODEL="$(cd "$MODEL" && pwd)" DATA="$(cd "$DATA" && pwd)" # they may be relative to where this is started
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export MODEL DATA OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+# settle TASK: sets what differs from task to task; fails for a task that the comparison does not have.
+settle() {
+    rates=3e-4,1e-3,3e-3 full_rates=2e-5,5e-5,1e-4
+    case "$1" in
+        cola) budget="--reg_orth_coef 0.5 --init_warmup 96 --final_warmup 420" threshold=8.4e-4 ;;
+        stsb) budget="--reg_orth_coef 0.1 --init_warmup 96 --final_warmup 240" threshold=1.25e-3
+            rates+=,1e-2 full_rates+=,3e-4 ;;
+        mrpc) budget="--reg_orth_coef 0.1 --init_warmup 60 --final_warmup 180" threshold=1.94e-3 ;;
+        rte) budget="--reg_orth_coef 0.3 --init_warmup 36 --final_warmup 108" threshold=2.86e-3 ;;
+        *) return 1 ;;
+    esac
+}
 for task in ${TASKS//,/ }; do
-    [[ " cola stsb mrpc rte " == *" $task "* ]] && continue
-    echo "comparison.sh: error: TASKS has $task, it must be of cola, stsb, mrpc and rte: for another task add a line below" >&2
-    exit 2
+    settle "$task" || { echo "comparison.sh: error: TASKS has $task, it must be of cola, stsb, mrpc and rte: for another task add a line to settle in this file" >&2 && exit 2; }
 done
 
 low="--apply_lora --lora_alpha 16"
@@ -50,14 +61,7 @@ methods+=",peft-adalora=tests/variants/peft_glue.py:--peft adalora $low --lora_r
 
 # A task is done, with its final runs, before the next one begins. Failed and diverged runs (status 1) do not stop it.
 for task in ${TASKS//,/ }; do
-    rates=3e-4,1e-3,3e-3 full_rates=2e-5,5e-5,1e-4
-    case "$task" in
-        cola) budget="--reg_orth_coef 0.5 --init_warmup 96 --final_warmup 420" threshold=8.4e-4 ;;
-        stsb) budget="--reg_orth_coef 0.1 --init_warmup 96 --final_warmup 240" threshold=1.25e-3
-            rates+=,1e-2 full_rates+=,3e-4 ;;
-        mrpc) budget="--reg_orth_coef 0.1 --init_warmup 60 --final_warmup 180" threshold=1.94e-3 ;;
-        rte) budget="--reg_orth_coef 0.3 --init_warmup 36 --final_warmup 108" threshold=2.86e-3 ;;
-    esac
+    settle "$task"
     "${PYTHON:-python}" scripts/sweep.py --tasks "$task" --methods "$methods" \
         --tune "learning_rate=$rates" --tune_only "full:learning_rate=$full_rates" --tune_seeds 1 --seeds 2-4 \
         --tune_selection best --only "adalora:$budget" --only "peft-adalora:$budget" \
@@ -65,7 +69,7 @@ for task in ${TASKS//,/ }; do
         --output "output/comparison-$task" --results scripts/results/comparison.jsonl --cpus_per_run 1 --gpus_per_run 0 \
         --use_cpu --bf16 --eval_strategy epoch --num_train_epochs 3 --per_device_train_batch_size 32 \
         --per_device_eval_batch_size 64 --train_sampling_strategy group_by_length --warmup_ratio 0.06 --max_seq_length 128 \
-        --padding longest --heldout_split 0 --logging_steps 50 --save_strategy epoch --save_total_limit 1 --report_to none "$@" ||
-        { status=$? && [[ $status == 1 ]] || exit $status; }
+        --padding longest --heldout_split 0 --logging_steps 50 --save_strategy epoch --save_total_limit 1 --report_to none "$@" || status=$?
+    [[ $status -le 1 ]] || exit $status
 done
 exit $status

@@ -155,8 +155,10 @@ def head_of_model(model: ModelArguments) -> TrainedHead | None:
 
 
 def _read_config(name: str, model: ModelArguments) -> dict[str, Any] | None:
-    """config.json of a folder or of a model on the hub; None without one. A folder's broken file is reported by
-    load_model; the hub may answer the next question, so that a head without its config would lose its order of labels.
+    """config.json of a folder or of a model on the hub; None without one.
+
+    A folder's broken file counts as none, because load_model reports it. A hub that fails here may answer load_model
+    later; the order of the labels would then be lost, so its error is raised.
     """
     try:
         asked: dict[str, Any] = {"cache_dir": model.cache_dir, "revision": model.model_revision, "token": model.token}

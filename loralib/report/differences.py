@@ -81,8 +81,8 @@ def clear_best(runs: pd.DataFrame, metric: str, selection: str) -> str | None:
 
     def beats(name: str, other: str) -> bool:
         n, mean, half = paired(scores(parts[name], metric), scores(parts[other], metric))
-        alike = unlike_settings(parts[name], parts[other], selection)
-        return n >= 3 and half >= EQUAL and sign * mean > half and not alike
+        unlike = unlike_settings(parts[name], parts[other], selection)
+        return n >= 3 and half >= EQUAL and sign * mean > half and not unlike
 
     clear = [name for name in parts if all(beats(name, other) for other in parts if other != name)]
     return clear[0] if clear and len(parts) > 1 else None

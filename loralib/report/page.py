@@ -224,9 +224,9 @@ def _tuned(tuning: Mapping[str, Any] | None, runs: Sequence[Run], finals: Sequen
     )  # fmt: skip
     words = {"best": "best evaluation", "last": "evaluation at the end"}
     which = " or the ".join(dict.fromkeys(words[choice["selection"]] for choice in tuning["choices"]))
-    rows = {
-        "heldout": "on the half of the validation rows that is not reported above",
-    }.get(selection, "**on the rows that are reported above**, which favours methods with many trials")
+    rows = "on the half of the validation rows that is not reported above"
+    if selection != "heldout":
+        rows = "**on the rows that are reported above**, so that the scores are biased upwards"
     text = (
         "The results above use the values below and seeds that were not used for tuning. "
         f"{len(runs) - len(finals)} trials and runs with other values are left out. A value was chosen by the mean "

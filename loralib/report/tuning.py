@@ -59,9 +59,13 @@ def _sweep_of(run: Run) -> Path | None:
     return above[2] if len(above) > 2 else None
 
 
-def _about(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The choices or open tunings of the run's own sweep."""
-    return [entry for entry in entries if entry.get("sweep") in (None, _sweep_of(run))]
+def _of_method(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The choices or open tunings of the run's method in its own sweep, on all tasks."""
+    return [e for e in entries if e["method"] == run.arm and e.get("sweep") in (None, _sweep_of(run))]
+
+
+def _seeds(entries: Sequence[Mapping[str, Any]]) -> set[int]:
+    return {seed for entry in entries for seed in entry["tune_seeds"]}
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
@@ -104,17 +108,18 @@ def final_runs(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
     waiting = {id(run) for run in open_trials(runs, tuning)}
     found = []
     for run in runs:
-        mine = [e for e in _about(run, tuning["choices"]) if (e["task"], e["method"]) == (run.task, run.arm)]
-        if id(run) not in waiting and (not mine or _judges(run, mine[0])):
+        chosen, begun = (
+            [e for e in _of_method(run, tuning[what]) if e["task"] == run.task] for what in ("choices", "open")
+        )
+        tunes = run.seed in _seeds([*chosen, *begun]) or run.data.get("trial") is True
+        if not tunes and _has_chosen(run, chosen[0]) if chosen else id(run) not in waiting:
             found.append(run)
     name_variants(found)
     return found
 
 
-def _judges(run: Run, choice: Mapping[str, Any]) -> bool:
-    """Whether a run has the chosen values and a seed that did not choose them."""
-    if run.seed in choice["tune_seeds"] or run.data.get("trial") is True:
-        return False
+def _has_chosen(run: Run, choice: Mapping[str, Any]) -> bool:
+    """Whether a run has the chosen values."""
     if "arguments" not in choice:  # the parser could not be called, or the record is an older one
         return all(same_as_typed(run.arguments.get(name), value) for name, value in choice["values"].items())
     batch = choice.get("effective_batch")
@@ -124,24 +129,22 @@ def _judges(run: Run, choice: Mapping[str, Any]) -> bool:
 
 
 def open_trials(runs: Sequence[Run], tuning: Mapping[str, Any]) -> list[Run]:
-    """Trials that no choice rests on yet: their record says so, their tuning has begun, or their method is tuned on
-    another task; with a tuning seed."""
+    """Trials where nothing is chosen yet: their record says so, or they have a seed of the tuning that has begun, or,
+    without such a tuning, of that of their method on another task."""
 
     def waits(run: Run) -> bool:
-        of_arm = [c for c in _about(run, tuning["choices"]) if c["method"] == run.arm]
-        chosen = [c for c in of_arm if c["task"] == run.task]
-        begun = [o for o in _about(run, tuning["open"]) if (o["task"], o["method"]) == (run.task, run.arm)]
-        seeds = {seed for entry in begun or of_arm for seed in entry["tune_seeds"]}
-        if chosen:
-            return run.seed in seeds - set(chosen[0]["tune_seeds"]) if begun else False
-        return run.seed in seeds or run.data.get("trial") is True
+        choices = _of_method(run, tuning["choices"])
+        if any(choice["task"] == run.task for choice in choices):
+            return False
+        begun = [o for o in _of_method(run, tuning["open"]) if o["task"] == run.task]
+        return run.seed in _seeds(begun or choices) or run.data.get("trial") is True
 
     return [run for run in runs if waits(run)]
 
 
 def tuning_seeds(tuning: Mapping[str, Any]) -> str:
     """The seeds of the trials in words: "seed 1" or "seeds 1, 2"."""
-    seeds = sorted({seed for choice in tuning["choices"] for seed in choice["tune_seeds"]}) or tuning["tune_seeds"]
+    seeds = sorted(_seeds(tuning["choices"])) or tuning["tune_seeds"]
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 

@@ -188,10 +188,9 @@ def _compare(tuning: Tuning, file: Path, earlier: Mapping[str, Any], done: Done)
         [entry for entry in earlier[what] if entry["method"] in names and entry["task"] in args.tasks]
         for what in ("choices", "open")
     )
-    begun_points = [(o | {"tune_seeds": [seed]}, names[o["method"]], values)
-                    for o in begun for values in o["points"] for seed in o["tune_seeds"]]  # fmt: skip
-    run = [(o, arm, values) for o, arm, values in begun_points if _has_run(tuning, o, arm, values, done)]
-    tried_seeds = {seed for c in choices for seed in c["tune_seeds"]} | {o["tune_seeds"][0] for o, _, _ in run}
+    ran = [(names[o["method"]], seed, values) for o in begun for values in o["points"] for seed in o["tune_seeds"]
+           if _has_run(tuning, o["task"], names[o["method"]], seed, values, done)]  # fmt: skip
+    tried_seeds = {seed for c in choices for seed in c["tune_seeds"]} | {seed for _, seed, _ in ran}
     gone = sorted(tried_seeds - set(args.tune_seeds))
     if gone:
         raise InputError(
@@ -201,7 +200,7 @@ def _compare(tuning: Tuning, file: Path, earlier: Mapping[str, Any], done: Done)
     for arm in tuning.arms:
         of_arm = [c for c in choices if c["method"] == arm.name]
         tried = [dict(s["values"]) for c in of_arm for s in c["scores"]]
-        tried += [values for _, other, values in run if other is arm]
+        tried += [values for other, _, values in ran if other is arm]
         asked = [dict(point) for point in tuning.points(arm)]
         lost = [values for values in tried if not any(_alike(values, other) for other in asked)]
         if lost:
@@ -220,16 +219,13 @@ def _alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return one.keys() == other.keys() and all(same_as_typed(value, other[name]) for name, value in one.items())
 
 
-def _has_run(tuning: Tuning, begun: Mapping[str, Any], arm: Arm, values: Mapping[str, str], done: Done) -> bool:
+def _has_run(tuning: Tuning, task: str, arm: Arm, seed: int, values: Mapping[str, str], done: Done) -> bool:
     """Whether a trial that an earlier call planned is done, here or in the results file."""
-    point = tuple(values.items())
-    jobs = [make_job(tuning.args.output, begun["task"], arm, seed, (), point) for seed in begun["tune_seeds"]]
-    records = [r for r in (done.results.records if done.results else []) if r.get("arm") == arm.name]
-    return any(status(job) in DONE for job in jobs) or any(
-        r.get("task") == begun["task"]
-        and r["arguments"].get("seed") in begun["tune_seeds"]
+    job = make_job(tuning.args.output, task, arm, seed, (), tuple(values.items()))
+    return status(job) in DONE or any(
+        (r.get("task"), r.get("arm"), r["arguments"].get("seed")) == (task, arm.name, seed)
         and all(same_as_typed(r["arguments"].get(name), value) for name, value in values.items())
-        for r in records
+        for r in (done.results.records if done.results else [])
     )
 
 
