@@ -86,8 +86,9 @@ def report(root: Path, out: Path, selection: str, published: Path | None = None,
     tuning = read_tuning(root, found)
     if tuning is None and (trials := [run for run in found if run.data.get("trial") is True]):
         raise InputError(
-            f"{root} has {len(trials)} trials of a tuning, and its record is not there: copy the file "
-            f"{file_beside(root).name} from beside the original, too; of files that were put together, report each one."
+            f"{root} has {len(trials)} trials of a tuning, and the record of that tuning is not there: copy the file "
+            f"{file_beside(root).name} from beside the original (its name there begins like that of the original "
+            "results file). Files that were put together can only be reported one by one."
         )
     finals = final_runs(found, tuning) if tuning else found
     out.mkdir(parents=True, exist_ok=True)
